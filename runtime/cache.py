@@ -1,0 +1,99 @@
+"""KVCache: the keys and values of every sequence slot, on one tensor-parallel rank.
+
+A slot holds `lengths[slot]` committed tokens, and behind them the rows that the current step staged.
+Whether a staged row becomes part of the sequence is known only after verification: `commit` moves the
+accepted rows up, and the next step writes over the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class KVCache:
+    """One buffer [num_slots, num_layers, 2, num_kv_heads, capacity + max_staged, head_dim].
+
+    On the CPU its pages get memory only when they are first written, so a large capacity costs
+    nothing until sequences are that long. Policy `full`: token i of a sequence stands at row i.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        max_staged: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`capacity`: tokens per sequence; `max_staged`: most rows of one sequence in one step."""
+        self.capacity = capacity
+        self.max_staged = max_staged
+        shape = (num_slots, num_layers, 2, num_kv_heads, capacity + max_staged, head_dim)
+        self.buffer = torch.empty(shape, dtype=dtype, device=device)
+        self.lengths = [0] * num_slots
+        """Committed tokens per slot."""
+        # Views are made once: taking them apart anew would cost more than the copies of a small step.
+        self._views = [[tuple(layer.unbind(0)) for layer in slot.unbind(0)] for slot in self.buffer.unbind(0)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.buffer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.buffer.device
+
+    def stage(self, layer: int, slot: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the rows of a step, [T, num_kv_heads, head_dim] each, behind the committed tokens.
+
+        Returns views [num_kv_heads, length + T, head_dim] of all keys and all values the step may see.
+        """
+        start = self.lengths[slot]
+        stop = start + len(keys)
+        assert len(keys) <= self.max_staged, f"{len(keys)} rows staged, room for {self.max_staged}"
+        all_keys, all_values = self._views[slot][layer]
+        all_keys[:, start:stop].copy_(keys.transpose(0, 1))
+        all_values[:, start:stop].copy_(values.transpose(0, 1))
+        return all_keys[:, :stop], all_values[:, :stop]
+
+    def commit(self, slot: int, staged: Sequence[int]) -> None:
+        """Make the staged rows with these indices (ascending) the next tokens of the sequence."""
+        start = self.lengths[slot]
+        self._check_room(slot, len(staged))
+        assert all(a < b for a, b in zip(staged, staged[1:], strict=False)), "staged rows out of order"
+        in_place = next((i for i, row in enumerate(staged) if row != i), len(staged))
+        moved = staged[in_place:]
+        if moved:
+            self.buffer[slot, ..., start + in_place : start + len(staged), :] = self.read_staged(slot, moved)
+        self.lengths[slot] += len(staged)
+
+    def read_staged(self, slot: int, staged: Sequence[int]) -> torch.Tensor:
+        """A copy [num_layers, 2, num_kv_heads, n, head_dim] of n staged rows, for another replica to `append`."""
+        start = self.lengths[slot]
+        assert all(0 <= row < self.max_staged for row in staged)
+        index = torch.tensor([start + row for row in staged], dtype=torch.long, device=self.device)
+        return self.buffer[slot].index_select(3, index)
+
+    def empty_block(self, count: int) -> torch.Tensor:
+        """Room for `count` tokens as `read_staged` gives them, to receive another replica's in."""
+        _, num_layers, _, num_kv_heads, _, head_dim = self.buffer.shape
+        return self.buffer.new_empty(num_layers, 2, num_kv_heads, count, head_dim)
+
+    def append(self, slot: int, block: torch.Tensor) -> None:
+        """Add tokens given as `read_staged` gives them to the end of the sequence."""
+        start, count = self.lengths[slot], block.shape[3]
+        self._check_room(slot, count)
+        self.buffer[slot, ..., start : start + count, :] = block
+        self.lengths[slot] += count
+
+    def reset(self, slot: int) -> None:
+        """Empty the slot for another sequence."""
+        self.lengths[slot] = 0
+
+    def _check_room(self, slot: int, count: int) -> None:
+        assert self.lengths[slot] + count <= self.capacity, f"slot {slot}: {count} more tokens exceed its capacity"

@@ -1,0 +1,248 @@
+"""One frozen config tree, read from YAML and `key.path=value` overrides; unknown keys are refused.
+
+Every section is a frozen pydantic model. `SamplingParams` and `LookaheadConfig` serve twice: as the
+defaults of a run, and (merged with a request's own values) as the parameters of one request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from runtime.errors import ConfigError, FieldError, InvalidRequestError
+
+S = TypeVar("S", bound="Section")
+
+
+class Section(BaseModel):
+    """A frozen part of the tree; unknown keys are errors."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    def merged(self, overrides: Mapping[str, Any], prefix: str = "") -> Self:
+        """A copy with `overrides` in place; raises InvalidRequestError naming the field."""
+        return _validated(type(self), {**self.model_dump(), **overrides}, prefix, InvalidRequestError)
+
+
+class ModelConfig(Section):
+    path: str | None = None
+    """Directory, GGUF file or hub id; null is the embedded SmolLM2-135M-Instruct."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Compute and cache type. Promise 1 (lossless) is counted in float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes cuda where torch finds one."""
+
+
+class ParallelConfig(Section):
+    lp: int = Field(default=1, ge=1, le=30)
+    """Lookahead-parallel replicas: each holds the whole model, each step's rows are divided among them."""
+    tp: int = Field(default=1, ge=1)
+    """Tensor-parallel ranks per replica; at most the model's query heads."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads per worker; null divides the machine's cores among the workers on it."""
+
+    @property
+    def num_workers(self) -> int:
+        return self.lp * self.tp
+
+
+class LookaheadConfig(Section):
+    """Lookahead decoding with the paper's names: W = window_size, N = ngram_size, G = guess_set_size."""
+
+    enabled: bool = True
+    """false is plain autoregressive decoding through the same code."""
+    window_size: int = Field(default=15, ge=1, le=256)
+    """W, columns of the Jacobi window."""
+    ngram_size: int = Field(default=5, ge=2, le=16)
+    """N, tokens per n-gram; the window has N-1 rows."""
+    guess_set_size: int = Field(default=15, ge=1, le=256)
+    """G, n-grams kept per first token, and most candidates that one source proposes in a step."""
+    sources: tuple[Literal["jacobi", "suffix"], ...] = ("jacobi", "suffix")
+    """Who proposes candidates: the n-gram pool fed by the window, and repeats of the text so far."""
+    row_budget: int | None = Field(default=None, ge=1)
+    """Most rows of one sequence in a step (current token, window and tree); null: whatever W, N and G ask for."""
+    pool_from_prompt: bool = True
+    """Put the prompt's n-grams into the pool."""
+    pool_from_output: bool = True
+    """Put the generated text's n-grams into the pool."""
+
+    @property
+    def window_rows(self) -> int:
+        """Most rows the window takes in a step, the current token included: W*(N-1) when full,
+        more for a moment while a narrow, tall one fills."""
+        if not (self.enabled and "jacobi" in self.sources):
+            return 1
+        width, height = self.window_size + self.ngram_size - 2, self.ngram_size - 1
+        return max((width - filled) * (filled + 1) for filled in range(height))
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(set(self.sources)) != len(self.sources):
+            raise ValueError("sources: each source once; remove the repeated name")
+        if self.row_budget is not None and self.row_budget < self.window_rows:
+            raise ValueError(
+                f"row_budget: {self.row_budget} rows cannot hold a window of {self.window_rows} rows (W columns, N-1 rows); "
+                "raise it, lower window_size or ngram_size, or drop 'jacobi' from sources"
+            )
+        return self
+
+
+class CacheConfig(Section):
+    policy: Literal["full"] = "full"
+    """full keeps every token; the request ends with `length` when its slot is full."""
+    capacity: int | None = Field(default=None, ge=16)
+    """Tokens per sequence; null is the model's trained length, at most 8192."""
+
+    def slot_capacity(self, max_positions: int) -> int:
+        """Tokens one cache slot holds for a model trained on `max_positions`."""
+        return self.capacity or min(max_positions, 8192)
+
+
+class SchedulerConfig(Section):
+    max_sequences: int = Field(default=8, ge=1, le=256)
+    """Sequences decoded at the same time, each in a cache slot of its own."""
+    max_rows: int = Field(default=512, ge=16, le=8192)
+    """Most rows in one step over all sequences, prefill included."""
+    max_waiting: int = Field(default=1024, ge=0)
+    """Requests that may wait for a slot; one more is refused (RESOURCE_EXHAUSTED)."""
+
+
+class SamplingParams(Section):
+    """How one request's tokens are chosen and when it ends."""
+
+    max_new_tokens: int = Field(default=128, ge=1)
+    temperature: float = Field(default=0.0, ge=0.0, le=100.0)
+    """0 is greedy."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample among the k likeliest tokens; 0 is off."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Sample among the likeliest tokens that together reach this probability."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """With the position, the only source of randomness: the same seed gives the same tokens."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the answer, besides the model's own end tokens. The one that does so is the last of
+    the answer's token ids, but not part of its text."""
+    ignore_eos: bool = False
+    """Go on past the model's own end tokens."""
+
+
+class ServerConfig(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(default=50051, ge=0, le=65535)
+    """0 lets the system choose; the chosen port is printed."""
+
+
+class RayConfig(Section):
+    address: str | None = None
+    """Cluster to join; null joins RAY_ADDRESS if set, else starts a local Ray."""
+    startup_timeout_s: float = Field(default=120.0, gt=0)
+    """How long to wait for the placement groups before the missing resources are named in an error."""
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    """CPUs reserved per worker on a CPU mesh (GPU workers reserve one GPU each)."""
+
+
+class Config(Section):
+    """The whole run. `Config.load` is the way in."""
+
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    lookahead: LookaheadConfig = LookaheadConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    sampling: SamplingParams = SamplingParams()
+    server: ServerConfig = ServerConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.scheduler.max_rows < 2 * self.scheduler.max_sequences:
+            raise ValueError(
+                f"scheduler.max_rows: {self.scheduler.max_rows} rows are too few for "
+                f"{self.scheduler.max_sequences} sequences; raise it to at least twice scheduler.max_sequences"
+            )
+        rows = self.lookahead.window_rows
+        if self.scheduler.max_rows < rows:
+            raise ValueError(
+                f"scheduler.max_rows: {self.scheduler.max_rows} rows cannot hold a window of {rows} rows (W columns, N-1 rows); "
+                "raise it, or lower lookahead.window_size or lookahead.ngram_size"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+        """Read YAML (or nothing), then apply `key.path=value` overrides, their values read as YAML.
+
+        Raises ConfigError naming the field, its value and the remedy.
+        """
+        tree: dict[str, Any] = {}
+        if path is not None:
+            try:
+                loaded = yaml.safe_load(Path(path).read_text())
+            except OSError as error:
+                raise ConfigError("config", str(path), error.strerror or "cannot be read", "Name a readable YAML file.") from error
+            except yaml.YAMLError as error:
+                raise ConfigError("config", str(path), f"is not YAML ({error})", "Mend the file.") from error
+            if loaded is not None and not isinstance(loaded, dict):
+                raise ConfigError("config", str(path), "is not a mapping of sections", "See configs/ for examples.")
+            tree = loaded or {}
+        for override in overrides:
+            _apply_override(tree, override)
+        return cls.from_dict(tree)
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Config:
+        return _validated(cls, tree, "", ConfigError)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError("--set", override, "is not key.path=value", "Write for example --set parallel.lp=2.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(key, text, "is not a YAML value", "Quote it, or write a list as [a, b].") from error
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(key, text, f"{parent} is a value, not a section", "Check the key's path.")
+        node = child
+    node[leaf] = value
+
+
+def _validated(cls: type[S], tree: Mapping[str, Any], prefix: str, error_type: type[FieldError]) -> S:
+    try:
+        return cls.model_validate(dict(tree))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = prefix + ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            parent: Any = cls
+            for part in first["loc"][:-1]:
+                parent = parent.model_fields[part].annotation
+            known = ", ".join(parent.model_fields)
+            raise error_type(field, first["input"], "unknown key", f"Known here: {known}.") from None
+        problem = first["msg"].removeprefix("Value error, ")
+        value = first["input"] if first["type"] != "value_error" else "(section)"
+        if first["type"] == "value_error" and ": " in problem:
+            name, problem = problem.split(": ", 1)
+            field = f"{field}.{name}" if field else name
+            problem, _, remedy = problem.partition("; ")
+            raise error_type(field, _lookup(first["input"], name), problem, remedy[:1].upper() + remedy[1:] + ".") from None
+        raise error_type(field, value, problem[:1].lower() + problem[1:], "Give a value in that range.") from None
+
+
+def _lookup(tree: Any, path: str) -> Any:
+    for part in path.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else getattr(tree, part, None)
+    return tree

@@ -1,0 +1,38 @@
+"""Typed errors: each names the field, the value it had, and the remedy.
+
+The gRPC edge maps each class to one status code; anything else is a bug and becomes INTERNAL.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class OutriderError(Exception):
+    """Base of every error Outrider raises on purpose."""
+
+
+class FieldError(OutriderError):
+    """One field has a value that cannot be used."""
+
+    def __init__(self, field: str, value: Any, problem: str, remedy: str) -> None:
+        self.field, self.value, self.remedy = field, value, remedy
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        super().__init__(f"{field} = {shown}: {problem}. {remedy}")
+
+
+class ConfigError(FieldError):
+    """The configuration cannot be run as it is."""
+
+
+class InvalidRequestError(FieldError):
+    """A request is malformed; sending it again will fail again (INVALID_ARGUMENT)."""
+
+
+class ResourceExhaustedError(FieldError):
+    """The request is well formed, but there is no room for it now (RESOURCE_EXHAUSTED)."""
+
+
+class WorkerError(OutriderError):
+    """The workers cannot be reached or have failed (UNAVAILABLE)."""

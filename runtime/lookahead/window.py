@@ -1,0 +1,73 @@
+"""The lookahead branch: a 2D window of W columns and N-1 rows that holds a Jacobi trajectory.
+
+Row r, column c stands at position p + c + r, where p is the position of the current token, which is
+row 0, column 0. A cell attends to the committed text, to row 0 columns 0..c, and to rows 1..r of its
+own column: as parents, (r, c) hangs on (r-1, c), and (0, c) on (0, c-1).
+(Fu et al., 2024, arXiv 2402.02057, sections 3.1 and 3.2.)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from runtime.lookahead.rows import SequenceRows
+from runtime.step import Choose
+
+
+class Window:
+    """The window of one sequence.
+
+    It starts as one row of tokens drawn from the prompt and gains a row per step; while it fills,
+    its columns move left by one per step, so it starts N-2 columns wider than W.
+    """
+
+    def __init__(self, window_size: int, ngram_size: int, prompt: Sequence[int], seed: int = 0) -> None:
+        self.window_size, self.ngram_size = window_size, ngram_size
+        self._random = random.Random(seed)
+        self._prompt = prompt
+        width = window_size + ngram_size - 2
+        self.levels: list[list[int]] = [self._draw(width)]
+        """levels[r][c]; levels[0][0] is a place-holder for the current token."""
+        self._last_row: list[int] = []
+
+    @property
+    def num_rows(self) -> int:
+        """Rows the next step takes, the current token's included."""
+        return sum(len(level) for level in self.levels)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.levels) == self.ngram_size - 1
+
+    def lay_out(self, rows: SequenceRows) -> None:
+        """Hang the window on the current token. Only the last row's cells choose a token."""
+        above: list[int] = []
+        last = len(self.levels) - 1
+        for r, level in enumerate(self.levels):
+            choose = Choose.ARGMAX if r == last else Choose.NOTHING
+            if r == 0:
+                above = [rows.root]
+                for token in level[1:]:
+                    above.append(rows.add(token, above[-1], choose))
+            else:
+                above = [rows.add(token, parent, choose) for token, parent in zip(level, above, strict=True)]
+        self._last_row = above
+
+    def advance(self, current: int, chosen: Sequence[int], num_accepted: int) -> list[tuple[int, ...]]:
+        """Move on after a step: `current` was its current token, `chosen` the token each row chose,
+        and it emitted `num_accepted` tokens.
+
+        Returns the W new n-grams (length N), none while the window is filling.
+        """
+        guesses = [chosen[row] for row in self._last_row]
+        self.levels[0][0] = current
+        if not self.is_full:
+            self.levels = [level[1:] for level in [*self.levels, guesses]]
+            return []
+        ngrams = list(zip(*self.levels, guesses, strict=True))
+        self.levels = [*self.levels[1:], guesses]
+        return ngrams
+
+    def _draw(self, count: int) -> list[int]:
+        return self._random.choices(self._prompt, k=count)

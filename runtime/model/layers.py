@@ -1,0 +1,124 @@
+"""Linear layers and embeddings, split over the tensor-parallel ranks, and the norm between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from runtime.mesh import Mesh
+
+PACKING_HINT = 16
+"""Rows for which oneDNN lays out a reordered weight; the layout serves every number of rows."""
+
+
+class Linear:
+    """x @ weight.T + bias for a weight [out, in] that never changes.
+
+    On a CPU the weight is reordered once into oneDNN's blocked layout: faster, and in float32 a row's
+    result does not depend on how many rows are computed with it. That is what keeps a token decoded
+    alone and the same token verified among candidates equal to the last bit. A single row would take
+    another kernel, so it is computed as two.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.bias = bias
+        self.packed = can_pack(weight)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKING_HINT) if self.packed else weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] -> [T, out]."""
+        if not self.packed:
+            return F.linear(x, self.weight, self.bias)
+        if len(x) == 1:
+            return torch.ops.mkldnn._linear_pointwise(x.repeat(2, 1), self.weight, self.bias, "none", [], "")[:1]
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """Whether this machine's oneDNN has the reordered kernel for the weight's dtype and device."""
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn or weight.numel() == 0:
+        return False
+    match weight.dtype:
+        case torch.float32:
+            return True
+        case torch.bfloat16:
+            return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        case torch.float16:
+            return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return False
+
+
+class RowParallelLinear:
+    """A linear layer whose input features are split over the ranks: each adds its share of the sum."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, mesh: Mesh) -> None:
+        """`weight` [out, in_local]; `bias` [out], whole on every rank, is added once, after the sum."""
+        self.linear = Linear(weight)
+        self.bias = bias
+        self.mesh = mesh
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in_local] -> [T, out], the same on every rank."""
+        y = self.mesh.all_reduce(self.linear(x))
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class VocabParallelEmbedding:
+    """Token vectors, the vocabulary split over the ranks; a rank contributes zeros for others' tokens."""
+
+    def __init__(self, weight: torch.Tensor, start: int, mesh: Mesh) -> None:
+        """`weight` [V_local, D] holds the tokens from `start` on."""
+        self.start, self.count = start, len(weight)
+        self.table = torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
+        self.mesh = mesh
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [T] -> [T, D]."""
+        local = tokens - self.start
+        outside = (local < 0) | (local >= self.count)
+        return self.mesh.all_reduce(F.embedding(local.masked_fill_(outside, self.count), self.table))
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    """x / rms(x) * weight over the last dimension, computed in float32 at least."""
+
+    weight: torch.Tensor
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape[-1:], self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """RMS norm of each head, with a weight [heads, d] of its own per head."""
+
+    weight: torch.Tensor
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, heads, d], same shape back."""
+        return F.rms_norm(x, self.weight.shape[-1:], None, self.eps).mul_(self.weight)
+
+
+class GatedMLP:
+    """down(act(gate(x)) * up(x)), gate and up in one product; the inner features are split over the ranks."""
+
+    def __init__(self, gate_up: Linear, down: RowParallelLinear, activation: str) -> None:
+        self.gate_up = gate_up
+        self.down = down
+        self.activation = activation
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(activate(gate, self.activation).mul_(up))
+
+
+def activate(x: torch.Tensor, name: str) -> torch.Tensor:
+    """The activation a Hugging Face config calls `name` (one of spec.ACTIVATIONS), as a new tensor."""
+    if name in ("silu", "swish"):
+        return F.silu(x)
+    return F.gelu(x, approximate="none" if name == "gelu" else "tanh")

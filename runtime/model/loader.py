@@ -1,0 +1,183 @@
+"""From a model's name to this rank's decoder: each rank reads only its own slice of each tensor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from runtime.errors import ConfigError
+from runtime.mesh import Mesh
+from runtime.model.decoder import Decoder, DecoderLayer
+from runtime.model.layers import GatedMLP, HeadNorm, Linear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
+from runtime.model.rotary import Rotary
+from runtime.model.shard import HeadShard, split
+from runtime.model.spec import ModelSpec, architecture_name
+from runtime.model.weights import Checkpoint
+
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def resolve_model(path: str | None) -> Path:
+    """The directory in Hugging Face layout behind `model.path`.
+
+    None is the embedded model; a GGUF file is converted once; a directory is itself; anything else is
+    a hub id, downloaded if need be. Safe to call from several processes at once. Raises ConfigError.
+    """
+    from runtime.model.gguf import converted, embedded_file
+
+    if path is None:
+        return converted(embedded_file())
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.suffix == ".gguf":
+        if not local.is_file():
+            raise ConfigError("model.path", path, "no such file", "Check the path.")
+        return converted(local)
+    if local.exists():
+        raise ConfigError("model.path", path, "is neither a directory nor a .gguf file", "Name the model's directory.")
+    return _download(path)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    remedy = "Name a local directory, a .gguf file or a hub id such as org/name; null is the embedded model."
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_PATTERNS)))
+    except HFValidationError as error:
+        raise ConfigError("model.path", hub_id, "no such directory, and not a hub id", remedy) from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError("model.path", hub_id, "no such directory, and the hub has no such model", remedy) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        problem = "no such directory, and the hub cannot be reached from here to look for it there"
+        raise ConfigError("model.path", hub_id, problem, remedy) from error
+
+
+def load_spec(directory: Path) -> ModelSpec:
+    """Read config.json and generation_config.json. Raises ConfigError for a model Outrider cannot run."""
+    raw = _read_json(directory / "config.json")
+    architecture = architecture_name(raw)  # before transformers, whose import is slow and whose refusals are vague
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError("config.json", str(directory), f"cannot be read ({error})", "Mend the file.") from error
+    config.architectures = [architecture]
+    has_generation = (directory / "generation_config.json").is_file()
+    return ModelSpec.from_hf_config(config, GenerationConfig.from_pretrained(directory) if has_generation else None)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        remedy = "Name a model directory in Hugging Face layout."
+        raise ConfigError("model.path", str(path.parent), f"{path.name}: {error.strerror}", remedy) from error
+    except json.JSONDecodeError as error:
+        raise ConfigError("model.path", str(path.parent), f"{path.name} is not JSON ({error})", "Mend the file.") from error
+
+
+def load_decoder(directory: Path, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> Decoder:
+    """This rank's shard, on mesh.device. Raises ConfigError for missing or ill-shaped tensors, or too large a tp."""
+    spec.check_tp(mesh.tp)
+    heads = HeadShard.of(spec.num_heads, spec.num_kv_heads, mesh.shard, mesh.tp)
+    vocab_range = split(spec.vocab_size, mesh.shard, mesh.tp)
+    with torch.no_grad(), Checkpoint(directory, dtype, mesh.device) as checkpoint:
+        table_shape = (spec.vocab_size, spec.hidden_size)
+        table = checkpoint.rows("model.embed_tokens.weight", table_shape, *vocab_range)
+        head = table if spec.tie_embeddings else checkpoint.rows("lm_head.weight", table_shape, *vocab_range)
+        builder = _LayerBuilder(checkpoint, spec, heads, mesh)
+        return Decoder(
+            spec=spec,
+            mesh=mesh,
+            dtype=dtype,
+            heads=heads,
+            vocab_range=vocab_range,
+            embedding=VocabParallelEmbedding(table, vocab_range[0], mesh),
+            layers=tuple(builder.layer(index) for index in range(spec.num_layers)),
+            norm=RMSNorm(checkpoint.rows("model.norm.weight", (spec.hidden_size,)), spec.rms_eps),
+            head=Linear(head),
+            rotary=Rotary(spec.rope, dtype, mesh.device),
+        )
+
+
+class _LayerBuilder:
+    """Cuts this rank's share out of each layer's tensors and fuses what is multiplied together."""
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, heads: HeadShard, mesh: Mesh) -> None:
+        self.checkpoint, self.spec, self.heads, self.mesh = checkpoint, spec, heads, mesh
+
+    def layer(self, index: int) -> DecoderLayer:
+        prefix = f"model.layers.{index}"
+        return DecoderLayer(
+            attention_norm=self._norm(f"{prefix}.input_layernorm"),
+            qkv=self._qkv(f"{prefix}.self_attn"),
+            head_norm=self._head_norm(f"{prefix}.self_attn") if self.spec.qk_norm else None,
+            output=self._output(f"{prefix}.self_attn.o_proj"),
+            mlp_norm=self._norm(f"{prefix}.post_attention_layernorm"),
+            mlp=self._mlp(f"{prefix}.mlp"),
+            window=self.spec.sliding_windows[index],
+        )
+
+    def _norm(self, name: str) -> RMSNorm:
+        return RMSNorm(self.checkpoint.rows(f"{name}.weight", (self.spec.hidden_size,)), self.spec.rms_eps)
+
+    def _qkv(self, name: str) -> Linear:
+        spec, heads, dim = self.spec, self.heads, self.spec.head_dim
+        ranges = (
+            ("q_proj", spec.num_heads, heads.query_start, heads.query_stop),
+            ("k_proj", spec.num_kv_heads, heads.kv_start, heads.kv_stop),
+            ("v_proj", spec.num_kv_heads, heads.kv_start, heads.kv_stop),
+        )
+
+        def fused(kind: str, tail: tuple[int, ...]) -> torch.Tensor:
+            query, key, value = (
+                self.checkpoint.rows(f"{name}.{part}.{kind}", (count * dim, *tail), start * dim, stop * dim)
+                for part, count, start, stop in ranges
+            )
+            return torch.cat([self._padded(query, axis=0), key, value])
+
+        return Linear(fused("weight", (spec.hidden_size,)), fused("bias", ()) if spec.qkv_bias else None)
+
+    def _output(self, name: str) -> RowParallelLinear:
+        spec, heads, dim = self.spec, self.heads, self.spec.head_dim
+        shape = (spec.hidden_size, spec.num_heads * dim)
+        weight = self.checkpoint.columns(f"{name}.weight", shape, heads.query_start * dim, heads.query_stop * dim)
+        bias = self.checkpoint.rows(f"{name}.bias", (spec.hidden_size,)) if spec.o_bias else None
+        return RowParallelLinear(self._padded(weight, axis=1), bias, self.mesh)
+
+    def _padded(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        """Spread the heads along `axis` over the rectangle of HeadShard, zeros between them."""
+        if self.heads.num_heads == len(self.heads.slots):
+            return tensor
+        apart = tensor.unflatten(axis, (len(self.heads.slots), self.spec.head_dim))
+        shape = list(apart.shape)
+        shape[axis] = self.heads.num_heads
+        places = torch.tensor(self.heads.slots, device=tensor.device)
+        return apart.new_zeros(shape).index_copy_(axis, places, apart).flatten(axis, axis + 1)
+
+    def _head_norm(self, name: str) -> HeadNorm:
+        query = self.checkpoint.rows(f"{name}.q_norm.weight", (self.spec.head_dim,))
+        key = self.checkpoint.rows(f"{name}.k_norm.weight", (self.spec.head_dim,))
+        weight = torch.cat([query.expand(self.heads.num_heads, -1), key.expand(self.heads.num_kv_heads, -1)])
+        return HeadNorm(weight, self.spec.rms_eps)
+
+    def _mlp(self, name: str) -> GatedMLP:
+        spec = self.spec
+        start, stop = split(spec.intermediate_size, self.mesh.shard, self.mesh.tp)
+
+        def fused(kind: str, tail: tuple[int, ...]) -> torch.Tensor:
+            shape = (spec.intermediate_size, *tail)
+            parts = ("gate_proj", "up_proj")
+            return torch.cat([self.checkpoint.rows(f"{name}.{part}.{kind}", shape, start, stop) for part in parts])
+
+        gate_up = Linear(fused("weight", (spec.hidden_size,)), fused("bias", ()) if spec.mlp_bias else None)
+        down_shape = (spec.hidden_size, spec.intermediate_size)
+        down = self.checkpoint.columns(f"{name}.down_proj.weight", down_shape, start, stop)
+        down_bias = self.checkpoint.rows(f"{name}.down_proj.bias", (spec.hidden_size,)) if spec.mlp_bias else None
+        return GatedMLP(gate_up, RowParallelLinear(down, down_bias, self.mesh), spec.activation)

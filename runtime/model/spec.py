@@ -1,0 +1,202 @@
+"""ModelSpec: what one decoder looks like, read from a Hugging Face config.
+
+One line of `ARCHITECTURES` describes one architecture; one decoder runs them all. A spec pickles,
+and running it needs no transformers, whose import takes seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a Hugging Face architecture differs from plain Llama.
+
+    A bias is there always, never, or as the named config field says.
+    """
+
+    model_type: str
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    """RMS norm over each query and key head, before the rotation."""
+    windows: Literal["none", "every_layer", "layer_types"] = "none"
+    """Which layers `sliding_window` bounds."""
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture("llama", "attention_bias", "attention_bias", "mlp_bias"),
+    "MistralForCausalLM": Architecture("mistral", windows="every_layer"),
+    "Qwen2ForCausalLM": Architecture("qwen2", qkv_bias=True, windows="layer_types"),
+    "Qwen3ForCausalLM": Architecture("qwen3", "attention_bias", "attention_bias", qk_norm=True, windows="layer_types"),
+}
+
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class DynamicRope:
+    """Dynamic NTK scaling: the base grows with the length once it exceeds `max_positions`."""
+
+    theta: float
+    factor: float
+    max_positions: int
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    inv_freq: tuple[float, ...]
+    """head_dim / 2 inverse frequencies, radians per token."""
+    attention_scaling: float = 1.0
+    """Factor on cos and sin (yarn)."""
+    dynamic: DynamicRope | None = None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Sizes and switches of one model, whole (not one rank's share)."""
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rms_eps: float
+    tie_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_windows: tuple[int | None, ...]
+    """Per layer: a query at position p sees keys at positions > p - window; None sees all."""
+    max_positions: int
+    """Trained context, tokens."""
+    eos_token_ids: tuple[int, ...]
+    activation: str
+    rope: RopeSpec
+
+    def check_tp(self, tp: int) -> None:
+        """Raises ConfigError if the model cannot be split over `tp` ranks."""
+        if tp > self.num_heads:
+            problem = f"the model has {self.num_heads} query heads, and every tensor-parallel rank needs one"
+            raise ConfigError("parallel.tp", tp, problem, f"Use at most {self.num_heads}; more devices go to parallel.lp.")
+
+    @classmethod
+    def from_hf_config(cls, config: PretrainedConfig, generation: GenerationConfig | None = None) -> ModelSpec:
+        """Read a text model's config; end tokens are those of `config` and of `generation` together.
+
+        Raises ConfigError naming the field that Outrider cannot run, and what it can.
+        """
+        name = architecture_name(config.to_dict())
+        kind = ARCHITECTURES[name]
+        if config.hidden_act not in ACTIVATIONS:
+            raise _unsupported("hidden_act", config.hidden_act, "activation", ACTIVATIONS)
+
+        def switch(value: bool | str) -> bool:
+            return bool(getattr(config, value)) if isinstance(value, str) else value
+
+        heads = config.num_attention_heads
+        kv_heads = config.num_key_value_heads or heads
+        if heads % kv_heads:
+            problem = f"does not divide num_attention_heads = {heads}"
+            raise ConfigError("num_key_value_heads", kv_heads, problem, "Mend the model's config.json.")
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(
+            architecture=name,
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            rms_eps=config.rms_norm_eps,
+            tie_embeddings=bool(config.tie_word_embeddings),
+            qkv_bias=switch(kind.qkv_bias),
+            o_bias=switch(kind.o_bias),
+            mlp_bias=switch(kind.mlp_bias),
+            qk_norm=kind.qk_norm,
+            sliding_windows=_sliding_windows(config, kind),
+            max_positions=config.max_position_embeddings,
+            eos_token_ids=_eos_token_ids(config, generation),
+            activation=config.hidden_act,
+            rope=_rope_spec(config, head_dim),
+        )
+
+
+def architecture_name(config: dict[str, Any]) -> str:
+    """The key of ARCHITECTURES that a config.json asks for; raises ConfigError if there is none.
+
+    Quantised checkpoints are refused here too: their weights are not plain tensors.
+    """
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", quantization)
+        remedy = "Name an unquantised safetensors checkpoint, or a GGUF file, which is dequantised on loading."
+        raise ConfigError("quantization_config", method, "quantised Hugging Face checkpoints are not supported", remedy)
+    names = config.get("architectures") or [
+        name for name, kind in ARCHITECTURES.items() if kind.model_type == config.get("model_type")
+    ]
+    for name in names:
+        if name in ARCHITECTURES:
+            return name
+    raise _unsupported("architectures", names or config.get("model_type"), "architecture", ARCHITECTURES)
+
+
+def _unsupported(field: str, value: Any, what: str, supported: Any) -> ConfigError:
+    return ConfigError(field, value, f"unsupported {what}", f"Supported: {', '.join(supported)}.")
+
+
+def _sliding_windows(config: PretrainedConfig, kind: Architecture) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    if kind.windows == "none" or window is None:
+        return (None,) * config.num_hidden_layers
+    if kind.windows == "every_layer":
+        return (window,) * config.num_hidden_layers
+    for layer_type in config.layer_types:
+        if layer_type not in ("full_attention", "sliding_attention"):
+            raise _unsupported("layer_types", layer_type, "layer type", ("full_attention", "sliding_attention"))
+    return tuple(window if layer_type == "sliding_attention" else None for layer_type in config.layer_types)
+
+
+def _eos_token_ids(config: PretrainedConfig, generation: GenerationConfig | None) -> tuple[int, ...]:
+    found: list[int] = []
+    for source in (config, generation):
+        ids = getattr(source, "eos_token_id", None)
+        found += ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
+    return tuple(dict.fromkeys(found))
+
+
+def _rope_spec(config: PretrainedConfig, head_dim: int) -> RopeSpec:
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = config.rope_parameters
+    rope_type = parameters["rope_type"]
+    if rope_type not in ROPE_TYPES:
+        raise _unsupported("rope_parameters.rope_type", rope_type, "RoPE scaling", ROPE_TYPES)
+    rotated = parameters.get("partial_rotary_factor", 1.0)
+    if rotated != 1.0:
+        problem = "rotating a part of each head is not supported"
+        raise ConfigError("rope_parameters.partial_rotary_factor", rotated, problem, "Use a model that has 1.0.")
+    theta = parameters["rope_theta"]
+    dynamic = None
+    if rope_type == "default":
+        inv_freq, scaling = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim)), 1.0
+    else:
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+    if rope_type == "dynamic":
+        dynamic = DynamicRope(theta, parameters["factor"], config.max_position_embeddings)
+    return RopeSpec(tuple(inv_freq.tolist()), scaling, dynamic)

@@ -1,0 +1,91 @@
+"""What goes into the engine and what comes out: token ids, never text."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from runtime.config import LookaheadConfig, SamplingParams
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    """An end token of the model or a stop token of the request."""
+    LENGTH = "length"
+    """max_new_tokens reached, or the cache slot is full."""
+    CANCELLED = "cancelled"
+    """The caller withdrew the request."""
+    ERROR = "error"
+    """The workers failed; `StepOutput.error` says how."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to be continued."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    lookahead: LookaheadConfig
+    arrival_s: float = field(default_factory=time.perf_counter)
+    """time.perf_counter() when the request arrived; latencies count from here."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one request cost so far."""
+
+    num_prompt_tokens: int = 0
+    num_new_tokens: int = 0
+    num_steps: int = 0
+    """Steps that emitted tokens: the first is the one that ran the prompt's last chunk."""
+    num_rows: int = 0
+    """Rows run in those steps (the prompt's own rows left out)."""
+    ttft_s: float = 0.0
+    """Arrival to first token, seconds."""
+    latency_s: float = 0.0
+    """Arrival to the newest token, seconds."""
+
+    @property
+    def tokens_per_step(self) -> float:
+        """S, the step compression."""
+        return self.num_new_tokens / self.num_steps if self.num_steps else 0.0
+
+    @property
+    def rows_per_step(self) -> float:
+        """T of this sequence."""
+        return self.num_rows / self.num_steps if self.num_steps else 0.0
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """The tokens one step gave one request. The last of a request has a finish reason."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    """New tokens in order, the stop token that ended the request included; each but the one the step's
+    last accepted row gave was an accepted candidate."""
+    usage: Usage
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+    @property
+    def text_ids(self) -> tuple[int, ...]:
+        """The tokens that become text: all but the stop token."""
+        return self.token_ids[:-1] if self.finish_reason is FinishReason.STOP else self.token_ids
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer, as `Engine.generate` returns it."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    """The stop token, if one ended the text, included; `text` leaves it out."""
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    run_lengths: tuple[int, ...]
+    """Tokens each step emitted, in order; they sum to len(token_ids)."""

@@ -1,0 +1,135 @@
+"""Choosing tokens from logits, deterministically.
+
+The token after position t is a function of (logits, sampling parameters, seed, t) alone: plain
+temperature sampling is argmax of logits / temperature + Gumbel noise, the noise a hash of (seed, t,
+token id). It has the softmax distribution exactly, does not depend on what else the step held, and
+is the same on every rank, so candidates can be verified by equality.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from runtime.mesh import Mesh
+from runtime.step import Choose, Int32, Row, Seq
+
+PREFIX = 1024
+"""Likeliest tokens looked at first for top-p; a full sort only where they do not reach it."""
+
+
+def choose_tokens(
+    logits: torch.Tensor, rows: Int32, sequences: Int32, mesh: Mesh, vocab_range: tuple[int, int]
+) -> torch.Tensor:
+    """The token each row chooses, the same on every TP rank. [R] int64
+
+    Args:
+        logits: this shard's slice of the vocabulary, float32. [R, V_local]
+        rows: the rows of the plan the logits belong to. [R, len(Row)]
+        sequences: their sequences' parameters, line by line. [R, len(Seq)]
+        vocab_range: the ids the slice covers, [start, stop).
+    """
+    temperature = sequences[:, Seq.TEMPERATURE].view(np.float32)
+    sampled = np.flatnonzero((rows[:, Row.CHOOSE] == Choose.SAMPLE) & (temperature > 0))
+    if not len(sampled):
+        return _argmax(logits, mesh, vocab_range)
+    chosen = _argmax(logits, mesh, vocab_range)
+    index = torch.from_numpy(sampled).to(logits.device)
+    scores = _scores(logits[index], rows[sampled], sequences[sampled], mesh, vocab_range)
+    chosen[index] = _argmax(scores, mesh, vocab_range)
+    return chosen
+
+
+def _argmax(scores: torch.Tensor, mesh: Mesh, vocab_range: tuple[int, int]) -> torch.Tensor:
+    """Ids of the largest scores over all shards; (value, id) pairs travel, not scores. [R]"""
+    values, ids = scores.max(dim=-1)
+    ids = ids + vocab_range[0]
+    if mesh.tp == 1:
+        return ids
+    pairs = torch.stack([values.double(), ids.double()])  # a float64 holds every id exactly
+    shards = torch.stack(mesh.all_gather(pairs))  # [tp, 2, R]
+    best = shards[:, 0].amax(dim=0)
+    return shards[:, 1].masked_fill(shards[:, 0] < best, torch.inf).amin(dim=0).long()  # ties: the lowest id
+
+
+def _scores(
+    logits: torch.Tensor, rows: Int32, sequences: Int32, mesh: Mesh, vocab_range: tuple[int, int]
+) -> torch.Tensor:
+    """logits / temperature + noise, with what top-k and top-p leave out at -inf. float64 [R, V_local]"""
+    temperature = torch.from_numpy(sequences[:, Seq.TEMPERATURE].view(np.float32).copy()).to(logits.device)
+    scaled = logits / temperature[:, None]
+    top_k, top_p = sequences[:, Seq.TOP_K], sequences[:, Seq.TOP_P].view(np.float32)
+    filtered = np.flatnonzero((top_k > 0) | (top_p < 1))
+    if len(filtered):
+        index = torch.from_numpy(filtered).to(logits.device)
+        whole = _gather_vocabulary(scaled[index], mesh)
+        least = torch.full_like(temperature, -torch.inf)
+        least[index] = torch.stack(
+            [_least_kept(row, int(k), float(p)) for row, k, p in zip(whole, top_k[filtered], top_p[filtered], strict=True)]
+        )
+        scaled = scaled.masked_fill(scaled < least[:, None], -torch.inf)
+    seeds = sequences[:, Seq.SEED_LOW].astype(np.int64) | sequences[:, Seq.SEED_HIGH].view(np.uint32).astype(np.int64) << 31
+    keys = np.stack([seeds, rows[:, Row.POSITION].astype(np.int64) + 1], axis=1)
+    distinct, which = np.unique(keys, axis=0, return_inverse=True)
+    noise = gumbel(distinct[:, 0], distinct[:, 1], vocab_range, logits.device)
+    return scaled.double() + noise[torch.from_numpy(which.reshape(-1)).to(logits.device)]
+
+
+def _gather_vocabulary(logits: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """Every shard's slice of the logits side by side; the order of ids does not matter here. [R, >= V]"""
+    if mesh.tp == 1:
+        return logits
+    width = torch.tensor([logits.shape[1]], device=logits.device)
+    widest = max(int(other) for other in mesh.all_gather(width))
+    padded = torch.nn.functional.pad(logits, (0, widest - logits.shape[1]), value=-torch.inf)
+    return torch.cat(mesh.all_gather(padded), dim=1)
+
+
+def _least_kept(scaled: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """The smallest logit that stays under top-k, then top-p of what top-k left; equal logits stay together."""
+    count = min(top_k or len(scaled), len(scaled))
+    ordered = scaled.topk(min(count, PREFIX)).values
+    if top_p >= 1 and len(ordered) == count:
+        return ordered[-1]
+    if len(ordered) < count and (top_k or _mass(ordered, scaled).sum() < top_p):
+        ordered = scaled.topk(count).values
+    if top_p >= 1:
+        return ordered[-1]
+    total = ordered if top_k else scaled
+    reached = _mass(ordered, total).cumsum(0)
+    return ordered[min(int((reached < top_p).sum()), len(ordered) - 1)]
+
+
+def _mass(part: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Probabilities of `part` under the softmax over `total`."""
+    return (part.double() - total.double().logsumexp(0)).exp()
+
+
+def gumbel(seeds: np.ndarray, positions: np.ndarray, ids: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Standard Gumbel noise for ids [start, stop) at each (seed, position). float64 [U, stop - start]
+
+    Counter-based: SplitMix64's finaliser over a mix of the three numbers, so any rank can compute any
+    part of it.
+    """
+    rows = torch.from_numpy(seeds).to(device)[:, None]
+    columns = torch.from_numpy(positions).to(device)[:, None]
+    vocabulary = torch.arange(*ids, device=device)[None, :]
+    key = _mix(_mix(rows) + columns)
+    bits = _logical_shift(_mix(key + vocabulary * _GOLDEN), 11)  # 53 of them
+    uniform = (bits.double() + 0.5) * 2.0**-53
+    return -(-uniform.log()).log()
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+def _logical_shift(x: torch.Tensor, count: int) -> torch.Tensor:
+    return (x >> count) & ((1 << (64 - count)) - 1)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finaliser on int64, whose products wrap around. (Steele, Lea and Flood, 2014)"""
+    x = x + _GOLDEN
+    x = (x ^ _logical_shift(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ _logical_shift(x, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return x ^ _logical_shift(x, 31)

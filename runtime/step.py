@@ -1,0 +1,147 @@
+"""StepPlan: what one step runs, and its wire layout, one int32 tensor of fixed length.
+
+Rows of a step form a forest. A row attends to its slot's cached tokens, to itself and to its
+ancestors in the step (the `parent` chain); its position is its parent's plus one. The prompt's
+chunks, the lookahead window and the candidate tree are all such rows (see lookahead/).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+
+
+class Choose(IntEnum):
+    """What a row's logits are for."""
+
+    NOTHING = 0
+    """Only its keys and values are wanted; it never reaches the LM head."""
+    SAMPLE = 1
+    """The token decoding would emit after it, by the sequence's sampling parameters."""
+    ARGMAX = 2
+    """The likeliest token: a Jacobi guess."""
+
+
+class Row(IntEnum):
+    """Columns of `StepPlan.rows`."""
+
+    TOKEN = 0
+    POSITION = 1
+    PARENT = 2  # row index in this step, or -1: attends to the cache directly
+    SLOT = 3  # cache slot of its sequence; rows of one slot stand together
+    CHOOSE = 4
+    OWNER = 5  # replica that computes its logits
+    REPLICAS = 6  # bit r set: replica r runs the row (its owner, or an ancestor some replica needs)
+
+
+class Seq(IntEnum):
+    """Columns of `StepPlan.sequences`, one line per slot with rows in this step."""
+
+    SLOT = 0
+    ROPE_LENGTH = 1  # prompt length, which dynamic RoPE scales by
+    TEMPERATURE = 2  # float32 bits
+    TOP_K = 3
+    TOP_P = 4  # float32 bits
+    SEED_LOW = 5  # the seed's low 31 bits
+    SEED_HIGH = 6  # the seed's high 32 bits
+
+
+class Commit(IntEnum):
+    """Columns of `StepPlan.commits`: staged rows of the previous step that enter the cache, in order."""
+
+    ROW = 0  # row index in the previous step
+    SOURCE = 1  # replica whose keys and values the others copy; -1: every replica has run the row
+
+
+def _no_commits() -> Int32:
+    return np.empty((0, len(Commit)), np.int32)
+
+
+def _no_slots() -> Int32:
+    return np.empty(0, np.int32)
+
+
+@dataclass
+class StepPlan:
+    """One step for every replica. A plan with no rows is a heartbeat."""
+
+    rows: Int32  # [T, len(Row)]
+    sequences: Int32  # [S, len(Seq)]
+    commits: Int32 = field(default_factory=_no_commits)  # [C, len(Commit)]
+    resets: Int32 = field(default_factory=_no_slots)  # [R] slots emptied before this step
+    stop: bool = False
+    """The workers leave their loop."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    def local_rows(self, replica: int) -> NDArray[np.int64]:
+        """Indices of the rows that `replica` runs, ascending."""
+        return np.flatnonzero(self.rows[:, Row.REPLICAS] >> replica & 1)
+
+    @classmethod
+    def empty(cls, stop: bool = False) -> StepPlan:
+        return cls(np.empty((0, len(Row)), np.int32), np.empty((0, len(Seq)), np.int32), stop=stop)
+
+
+@dataclass
+class StepResult:
+    """What a step gave: one token per row that chose one, and where the time went."""
+
+    tokens: Int32  # [T]; -1 for rows that chose none
+    seconds: dict[str, float]
+    """broadcast, forward, gather: seconds of each part, as the coordinator saw them."""
+
+
+@dataclass(frozen=True)
+class WireLayout:
+    """Where the parts of a plan stand in its buffer; the same on every rank, from the config alone."""
+
+    max_rows: int
+    max_sequences: int
+
+    HEADER = 5  # rows, sequences, commits, resets, stop
+
+    @property
+    def length(self) -> int:
+        """int32 words of a plan's buffer."""
+        return (
+            self.HEADER
+            + self.max_rows * (len(Row) + len(Commit))
+            + self.max_sequences * (len(Seq) + 1)
+        )
+
+    def encode(self, plan: StepPlan, buffer: Int32) -> None:
+        """Write `plan` into `buffer` [length]. Asserts that it fits."""
+        parts = (plan.rows, plan.sequences, plan.commits, plan.resets)
+        buffer[: self.HEADER] = [*(len(part) for part in parts), plan.stop]
+        for part, (start, room) in zip(parts, self._regions(), strict=True):
+            assert part.size <= room, f"{len(part)} lines do not fit the wire layout"
+            buffer[start : start + part.size] = part.ravel()
+
+    def decode(self, buffer: Int32) -> StepPlan:
+        """The plan in `buffer`; its arrays are copies."""
+        *lengths, stop = (int(word) for word in buffer[: self.HEADER])
+        widths = (len(Row), len(Seq), len(Commit), 1)
+        rows, sequences, commits, resets = (
+            buffer[start : start + length * width].reshape(length, width).copy()
+            for (start, _), length, width in zip(self._regions(), lengths, widths, strict=True)
+        )
+        return StepPlan(rows, sequences, commits, resets.ravel(), bool(stop))
+
+    def _regions(self) -> list[tuple[int, int]]:
+        """(start, words) of rows, sequences, commits and resets."""
+        sizes = (
+            self.max_rows * len(Row),
+            self.max_sequences * len(Seq),
+            self.max_rows * len(Commit),
+            self.max_sequences,
+        )
+        starts = np.cumsum([self.HEADER, *sizes[:-1]])
+        return [(int(start), size) for start, size in zip(starts, sizes, strict=True)]

@@ -1,0 +1,153 @@
+"""One rank: a shard of the model and of every cache slot. Plan in, chosen tokens out."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from runtime import mesh as meshes
+from runtime.cache import KVCache
+from runtime.config import Config
+from runtime.errors import ConfigError
+from runtime.mesh import Mesh
+from runtime.model.attention import RowBatch
+from runtime.model.loader import load_decoder, resolve_model
+from runtime.model.spec import ModelSpec
+from runtime.sampler import choose_tokens
+from runtime.step import Choose, Commit, Int32, Row, Seq, StepPlan, WireLayout
+
+RESULT_HEADER = 1
+"""Words before the tokens in a result: the step's microseconds on this worker."""
+
+
+class Worker:
+    """Executes plans. The same class serves one process and every rank of a mesh."""
+
+    def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.decoder = load_decoder(resolve_model(config.model.path), spec, mesh, getattr(torch, config.model.dtype))
+        self.cache = KVCache(
+            num_slots=config.scheduler.max_sequences,
+            num_layers=spec.num_layers,
+            num_kv_heads=self.decoder.heads.num_kv_heads,
+            capacity=config.cache.slot_capacity(spec.max_positions),
+            max_staged=config.scheduler.max_rows,
+            head_dim=spec.head_dim,
+            dtype=getattr(torch, config.model.dtype),
+            device=mesh.device,
+        )
+        self._last = StepPlan.empty()
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> Int32:
+        """Commit, run this replica's rows, and return the token each of them chose [T local]; -1: none."""
+        if not plan.num_rows:
+            return np.empty(0, np.int32)  # a heartbeat: what is staged stays staged
+        self._commit(plan)
+        self._last = plan
+        local = plan.local_rows(self.mesh.replica)
+        tokens = np.full(len(local), -1, np.int32)
+        if not len(local):
+            return tokens
+        rows = plan.rows[local]
+        sequence_of_slot = {int(line[Seq.SLOT]): index for index, line in enumerate(plan.sequences)}
+        sequences = plan.sequences[[sequence_of_slot[slot] for slot in rows[:, Row.SLOT].tolist()]]
+        batch = RowBatch.build(
+            tokens=rows[:, Row.TOKEN],
+            positions=rows[:, Row.POSITION],
+            parents=_local_parents(rows[:, Row.PARENT], local),
+            slots=rows[:, Row.SLOT],
+            rope_lengths=sequences[:, Seq.ROPE_LENGTH],
+            cache=self.cache,
+        )
+        hidden = self.decoder.forward(batch, self.cache)
+        wanted = np.flatnonzero((rows[:, Row.CHOOSE] != Choose.NOTHING) & (rows[:, Row.OWNER] == self.mesh.replica))
+        if len(wanted):
+            logits = self.decoder.logits(hidden[torch.from_numpy(wanted).to(hidden.device)])
+            tokens[wanted] = choose_tokens(
+                logits, rows[wanted], sequences[wanted], self.mesh, self.decoder.vocab_range
+            ).cpu().numpy()
+        return tokens
+
+    def _commit(self, plan: StepPlan) -> None:
+        """Move accepted rows of the last step into the cache; LP peers copy them from the replica that ran them."""
+        local = self._last.local_rows(self.mesh.replica)
+        slots = self._last.rows[:, Row.SLOT]
+        local_slots = slots[local]
+        rows, sources = plan.commits[:, Commit.ROW], plan.commits[:, Commit.SOURCE]
+        commit_slots = slots[rows]
+        for slot in np.unique(commit_slots).tolist():
+            mine = commit_slots == slot
+            source = int(sources[mine][0])
+            start = int(np.searchsorted(local_slots, slot)) if len(local_slots) else 0
+            staged = (np.searchsorted(local, rows[mine]) - start).tolist()
+            if source < 0 or self.mesh.lp == 1:
+                self.cache.commit(slot, staged)
+            elif source == self.mesh.replica:
+                self.mesh.broadcast_from_replica(self.cache.read_staged(slot, staged), source)
+                self.cache.commit(slot, staged)
+            else:
+                block = self.cache.empty_block(len(staged))
+                self.cache.append(slot, self.mesh.broadcast_from_replica(block, source))
+        for slot in plan.resets.tolist():
+            self.cache.reset(slot)
+
+
+def _local_parents(parents: Int32, local: np.ndarray) -> Int32:
+    """Parents as indices into `local`; a replica runs every ancestor of its rows."""
+    return np.where(parents < 0, -1, np.searchsorted(local, parents)).astype(np.int32)
+
+
+def serve(config: Config, spec: ModelSpec, rank: int, host: str, port: int) -> None:
+    """Be worker `rank` (from 1) of the mesh whose coordinator waits at host:port, until it says stop."""
+    parallel = config.parallel
+    torch.set_num_threads(parallel.threads or max(1, (os.cpu_count() or 1) // parallel.num_workers))
+    device = pick_device(config, (rank - 1) % max(torch.cuda.device_count(), 1))
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=meshes.COLLECTIVE_TIMEOUT_S))
+    store.set(alive_key(rank), "")
+    control, mesh = meshes.join(rank, parallel.lp, parallel.tp, device, store)
+    assert mesh is not None
+    try:
+        _loop(Worker(config, spec, mesh), control, wire_layout(config), config.scheduler.max_rows)
+    finally:
+        dist.destroy_process_group()  # a peer that waits for this rank learns at once that it has gone
+
+
+def _loop(worker: Worker, control: meshes.ControlGroup, layout: WireLayout, max_rows: int) -> None:
+    buffer = torch.zeros(layout.length, dtype=torch.int32)
+    result = torch.zeros(RESULT_HEADER + max_rows, dtype=torch.int32)
+    while True:
+        dist.broadcast(buffer, src=0, group=control.plan_group)
+        plan = layout.decode(buffer.numpy())
+        if plan.stop:
+            return
+        started = time.perf_counter()
+        tokens = worker.step(plan)
+        if control.result_group is not None:
+            result[RESULT_HEADER : RESULT_HEADER + len(tokens)] = torch.from_numpy(tokens)
+            result[0] = int((time.perf_counter() - started) * 1e6)
+            dist.gather(result, dst=0, group=control.result_group)
+
+
+def alive_key(rank: int) -> str:
+    """The store key that worker `rank` sets once it is there."""
+    return f"alive/{rank}"
+
+
+def wire_layout(config: Config) -> WireLayout:
+    return WireLayout(config.scheduler.max_rows, config.scheduler.max_sequences)
+
+
+def pick_device(config: Config, index: int) -> torch.device:
+    """The device of the rank with this index on its machine. Raises ConfigError where CUDA is asked for and absent."""
+    wanted = config.model.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device", wanted, "torch finds no CUDA device here", "Set model.device to cpu or auto.")
+    if wanted == "cuda" or wanted == "auto" and torch.cuda.is_available():
+        return torch.device("cuda", index)
+    return torch.device("cpu")
