@@ -1,9 +1,9 @@
 """Outrider's decoding runtime: lossless lookahead decoding on a mesh of workers.
 
-    from runtime import Engine, SamplingParams
+from runtime import Engine, SamplingParams
 
-    with Engine.from_config({"parallel": {"lp": 2}}) as engine:
-        print(engine.generate(["Once upon a time"], SamplingParams(max_new_tokens=32))[0].text)
+with Engine.from_config({"parallel": {"lp": 2}}) as engine:
+    print(engine.generate(["Once upon a time"], SamplingParams(max_new_tokens=32))[0].text)
 """
 
 from __future__ import annotations

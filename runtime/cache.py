@@ -7,9 +7,12 @@ accepted rows up, and the next step writes over the rest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+
+from runtime.errors import ConfigError
 
 
 class KVCache:
@@ -30,11 +33,19 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """`capacity`: tokens per sequence; `max_staged`: most rows of one sequence in one step."""
+        """`capacity`: tokens per sequence; `max_staged`: most rows of one sequence in one step.
+
+        Raises ConfigError if the machine cannot give that much memory.
+        """
         self.capacity = capacity
         self.max_staged = max_staged
         shape = (num_slots, num_layers, 2, num_kv_heads, capacity + max_staged, head_dim)
-        self.buffer = torch.empty(shape, dtype=dtype, device=device)
+        try:
+            self.buffer = torch.empty(shape, dtype=dtype, device=device)
+        except RuntimeError as error:
+            size = math.prod(shape) * dtype.itemsize / 2**30
+            problem = f"{num_slots} slots of that length need {size:.1f} GiB on {device}, which cannot be had"
+            raise ConfigError("cache.capacity", capacity, problem, "Lower it or scheduler.max_sequences.") from error
         self.lengths = [0] * num_slots
         """Committed tokens per slot."""
         # Views are made once: taking them apart anew would cost more than the copies of a small step.
@@ -48,7 +59,9 @@ class KVCache:
     def device(self) -> torch.device:
         return self.buffer.device
 
-    def stage(self, layer: int, slot: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def stage(
+        self, layer: int, slot: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the rows of a step, [T, num_kv_heads, head_dim] each, behind the committed tokens.
 
         Returns views [num_kv_heads, length + T, head_dim] of all keys and all values the step may see.

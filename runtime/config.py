@@ -87,7 +87,7 @@ class LookaheadConfig(Section):
             raise ValueError("sources: each source once; remove the repeated name")
         if self.row_budget is not None and self.row_budget < self.window_rows:
             raise ValueError(
-                f"row_budget: {self.row_budget} rows cannot hold a window of {self.window_rows} rows (W columns, N-1 rows); "
+                f"row_budget: {self.row_budget} rows cannot hold a window of {self.window_rows} (W*(N-1)); "
                 "raise it, lower window_size or ngram_size, or drop 'jacobi' from sources"
             )
         return self
@@ -169,7 +169,7 @@ class Config(Section):
         rows = self.lookahead.window_rows
         if self.scheduler.max_rows < rows:
             raise ValueError(
-                f"scheduler.max_rows: {self.scheduler.max_rows} rows cannot hold a window of {rows} rows (W columns, N-1 rows); "
+                f"scheduler.max_rows: {self.scheduler.max_rows} rows cannot hold a window of {rows} (W*(N-1)); "
                 "raise it, or lower lookahead.window_size or lookahead.ngram_size"
             )
         return self
@@ -185,7 +185,9 @@ class Config(Section):
             try:
                 loaded = yaml.safe_load(Path(path).read_text())
             except OSError as error:
-                raise ConfigError("config", str(path), error.strerror or "cannot be read", "Name a readable YAML file.") from error
+                raise ConfigError(
+                    "config", str(path), error.strerror or "cannot be read", "Name a readable YAML file."
+                ) from error
             except yaml.YAMLError as error:
                 raise ConfigError("config", str(path), f"is not YAML ({error})", "Mend the file.") from error
             if loaded is not None and not isinstance(loaded, dict):
@@ -236,9 +238,11 @@ def _validated(cls: type[S], tree: Mapping[str, Any], prefix: str, error_type: t
         value = first["input"] if first["type"] != "value_error" else "(section)"
         if first["type"] == "value_error" and ": " in problem:
             name, problem = problem.split(": ", 1)
-            field = f"{field}.{name}" if field else name
+            field = f"{field.rstrip('.')}.{name}" if field else name
             problem, _, remedy = problem.partition("; ")
-            raise error_type(field, _lookup(first["input"], name), problem, remedy[:1].upper() + remedy[1:] + ".") from None
+            raise error_type(
+                field, _lookup(first["input"], name), problem, remedy[:1].upper() + remedy[1:] + "."
+            ) from None
         raise error_type(field, value, problem[:1].lower() + problem[1:], "Give a value in that range.") from None
 
 

@@ -10,19 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from runtime.config import Config, LookaheadConfig, SamplingParams
-from runtime.errors import InvalidRequestError, ResourceExhaustedError
+from runtime.errors import InvalidRequestError
 from runtime.executor import Executor, LocalExecutor, MeshExecutor, WorkerPool
-from runtime.lookahead.partition import partition
-from runtime.lookahead.rows import SequenceRows
 from runtime.lookahead.sequence import Sequence as RunningSequence
 from runtime.model.loader import load_spec, resolve_model
 from runtime.model.spec import ModelSpec
 from runtime.pool import ProcessPool
-from runtime.request import Completion, FinishReason, Request, StepOutput, Usage
-from runtime.step import Commit, Row, Seq, StepPlan
+from runtime.request import Completion, FinishReason, Request, StepOutput
+from runtime.scheduler import Scheduler, Step
+from runtime.step import StepPlan
 from runtime.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -43,15 +40,6 @@ class EngineStats:
     """Where the steps' time went, by phase."""
 
 
-@dataclass
-class _Placed:
-    """A sequence's rows within a step: [start, start + len(rows))."""
-
-    sequence: RunningSequence
-    rows: SequenceRows
-    start: int
-
-
 class Engine:
     """Decodes requests step by step on a mesh of workers. Not thread-safe; runtime.loop makes it so."""
 
@@ -61,9 +49,7 @@ class Engine:
         self.capacity = config.cache.slot_capacity(spec.max_positions)
         """Tokens one request may hold, prompt and output together."""
         self._executor = executor
-        self._waiting: deque[Request] = deque()
-        self._running: dict[int, RunningSequence] = {}  # by slot
-        self._commits: dict[int, list[tuple[int, int]]] = {}  # by slot: (row of the last step, source replica)
+        self._scheduler = Scheduler(config)
         self._aborted: set[str] = set()
         self._ids = itertools.count()
 
@@ -131,14 +117,7 @@ class Engine:
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequestError, or ResourceExhaustedError where the queue is full."""
         self.validate(request)
-        limit = self.config.scheduler.max_waiting
-        if len(self._running) + len(self._waiting) >= self.config.scheduler.max_sequences + limit:
-            raise ResourceExhaustedError(
-                "scheduler.max_waiting", limit, "every slot is taken and the queue is full", "Try again later."
-            )
-        if any(other.request_id == request.request_id for other in self._requests()):
-            raise InvalidRequestError("request_id", request.request_id, "is in use", "Give each request its own id.")
-        self._waiting.append(request)
+        self._scheduler.add(request)
         self.stats.num_requests += 1
 
     def abort(self, request_id: str) -> None:
@@ -147,15 +126,15 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting)
+        return bool(self.num_running or self.num_waiting)
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._scheduler.running)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._scheduler.waiting)
 
     # One step
 
@@ -163,14 +142,15 @@ class Engine:
         """Admit, plan, execute, verify, emit. Raises WorkerError if the workers fail."""
         started = time.perf_counter()
         outputs = self._drop_aborted()
-        plan, placed = self._plan(self._admit())
-        if not placed:
+        self._scheduler.admit()
+        step = self._scheduler.plan()
+        if step is None:
             return outputs
         planned = time.perf_counter()
-        result = self._executor.execute(plan)
+        result = self._executor.execute(step.plan)
         executed = time.perf_counter()
-        outputs += self._verify(plan, placed, result.tokens.tolist(), executed)
-        self._account(plan, result.seconds, plan=planned - started, verify=time.perf_counter() - executed)
+        outputs += self._verify(step, result.tokens.tolist(), executed)
+        self._account(step.plan, result.seconds, plan=planned - started, verify=time.perf_counter() - executed)
         return outputs
 
     def heartbeat(self) -> None:
@@ -178,92 +158,20 @@ class Engine:
         self._executor.execute(StepPlan.empty())
 
     def _drop_aborted(self) -> list[StepOutput]:
-        if not self._aborted:
-            return []
-        dropped = [r for r in self._waiting if r.request_id in self._aborted]
-        outputs = [StepOutput(r.request_id, (), Usage(num_prompt_tokens=len(r.prompt_ids)), FinishReason.CANCELLED) for r in dropped]
-        self._waiting = deque(r for r in self._waiting if r.request_id not in self._aborted)
-        for slot, sequence in list(self._running.items()):
-            if sequence.request.request_id in self._aborted:
-                self._release(slot)
-                outputs.append(StepOutput(sequence.request.request_id, (), sequence.usage, FinishReason.CANCELLED))
+        dropped = self._scheduler.drop(self._aborted) if self._aborted else []
         self._aborted.clear()
-        return outputs
+        return [StepOutput(request.request_id, (), usage, FinishReason.CANCELLED) for request, usage in dropped]
 
-    def _admit(self) -> list[int]:
-        """Give waiting requests the free slots; returns those slots."""
-        free = [slot for slot in range(self.config.scheduler.max_sequences) if slot not in self._running]
-        admitted = free[: len(self._waiting)]
-        for slot in admitted:
-            self._running[slot] = RunningSequence(self._waiting.popleft(), slot)
-        return admitted
-
-    def _plan(self, admitted: list[int]) -> tuple[StepPlan, list[_Placed]]:
-        """Every running sequence's rows, in slot order. Decoding goes first; prompts share what is left.
-
-        Guesses never crowd out progress: each sequence's first uncached token has its row before any guess.
-        """
-        max_rows = self.config.scheduler.max_rows
-        sequences = [self._running[slot] for slot in sorted(self._running)]
-        prompts = [sequence for sequence in sequences if sequence.num_uncached > 1]
-        reserved = max_rows // 2 if len(prompts) < len(sequences) else max_rows
-        prompt_rows = min(sum(s.num_uncached for s in prompts), max(reserved, len(prompts)))
-        guess_rows = (max_rows - len(sequences) + len(prompts) - prompt_rows) // max(len(sequences), 1)
-        placed: list[_Placed] = []
-        start = 0
-        for index, sequence in enumerate(sequences):
-            if sequence.num_uncached > 1:
-                later = sum(other.num_uncached > 1 for other in sequences[index + 1 :])
-                chain = min(sequence.num_uncached, prompt_rows - later)
-                prompt_rows -= chain
-            else:
-                chain = 1
-            budget = sequence.request.lookahead.row_budget
-            room = guess_rows if budget is None else min(guess_rows, budget - 1)
-            rows = sequence.plan(chain, room)
-            placed.append(_Placed(sequence, rows, start))
-            start += len(rows)
-        return self._assemble(placed, admitted), placed
-
-    def _assemble(self, placed: list[_Placed], admitted: list[int]) -> StepPlan:
-        lines: list[np.ndarray] = []
-        parents: list[int] = []
-        for part in placed:
-            block = np.zeros((len(part.rows), len(Row)), np.int32)
-            block[:, Row.TOKEN], block[:, Row.POSITION] = part.rows.tokens, part.rows.positions
-            block[:, Row.SLOT], block[:, Row.CHOOSE] = part.sequence.slot, part.rows.choose
-            lines.append(block)
-            parents += [parent + part.start if parent >= 0 else -1 for parent in part.rows.parents]
-        if not lines:
-            return StepPlan.empty()
-        rows = np.concatenate(lines)
-        rows[:, Row.PARENT] = parents
-        rows[:, Row.OWNER], rows[:, Row.REPLICAS] = partition(parents, self.config.parallel.lp)
-        commits = [pair for part in placed for pair in self._commits.get(part.sequence.slot, ())]
-        self._commits.clear()
-        return StepPlan(
-            rows=rows,
-            sequences=np.stack([_parameters(part.sequence) for part in placed]),
-            commits=np.array(commits, np.int32).reshape(-1, len(Commit)),
-            resets=np.array(admitted, np.int32),
-        )
-
-    def _verify(
-        self, plan: StepPlan, placed: list[_Placed], chosen: list[int], now_s: float
-    ) -> list[StepOutput]:
+    def _verify(self, step: Step, chosen: list[int], now_s: float) -> list[StepOutput]:
         outputs = []
-        everywhere = (1 << self.config.parallel.lp) - 1
-        for part in placed:
-            sequence, start = part.sequence, part.start
-            emitted = sequence.accept(chosen[start : start + len(part.rows)], now_s)
-            commits = [start + row for row in sequence.commit_rows]
-            # The last row's owner has run all its ancestors; nobody copies what every replica has run.
-            shared = bool((plan.rows[commits, Row.REPLICAS] == everywhere).all())
-            source = -1 if shared else int(plan.rows[commits[-1], Row.OWNER])
-            self._commits[sequence.slot] = [(row, source) for row in commits]
+        for part in step.parts:
+            sequence = part.sequence
+            emitted = sequence.accept(chosen[part.start : part.start + len(part.rows)], now_s)
             kept, reason = self._finish(sequence, emitted)
-            if reason is not None:
-                self._release(sequence.slot)
+            if reason is None:
+                self._scheduler.commit(step, part)
+            else:
+                self._scheduler.release(sequence.slot)
             self.stats.num_tokens += len(kept)
             if emitted:
                 outputs.append(StepOutput(sequence.request.request_id, tuple(kept), sequence.usage, reason))
@@ -286,19 +194,11 @@ class Engine:
             return emitted[: count + 1], reason
         return emitted, None
 
-    def _release(self, slot: int) -> None:
-        del self._running[slot]
-        self._commits.pop(slot, None)
-
     def _account(self, step: StepPlan, seconds: dict[str, float], **phases: float) -> None:
         self.stats.num_steps += 1
         self.stats.num_rows += step.num_rows
         for phase, value in (seconds | phases).items():
             self.stats.seconds[phase] += value
-
-    def _requests(self) -> Iterator[Request]:
-        yield from self._waiting
-        yield from (sequence.request for sequence in self._running.values())
 
     # The Python API
 
@@ -354,16 +254,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _parameters(sequence: RunningSequence) -> np.ndarray:
-    """A line of StepPlan.sequences."""
-    sampling = sequence.request.sampling
-    line = np.zeros(len(Seq), np.int32)
-    line[Seq.SLOT], line[Seq.ROPE_LENGTH] = sequence.slot, len(sequence.request.prompt_ids)
-    line[Seq.TEMPERATURE] = np.float32(sampling.temperature).view(np.int32)
-    line[Seq.TOP_K] = min(sampling.top_k, 2**31 - 1)
-    line[Seq.TOP_P] = np.float32(sampling.top_p).view(np.int32)
-    line[Seq.SEED_LOW] = sampling.seed & 0x7FFFFFFF
-    line[Seq.SEED_HIGH] = np.uint32(sampling.seed >> 31).view(np.int32)
-    return line

@@ -133,4 +133,3 @@ class MeshExecutor:
             self._pool.close()
             if dist.is_initialized():
                 dist.destroy_process_group()
-

@@ -40,7 +40,6 @@ class LoopStats:
 class _Live:
     """A request whose last output has not been delivered."""
 
-    request: Request
     on_output: OnOutput
     usage: Usage
     reachable: bool = True
@@ -59,7 +58,7 @@ class EngineLoop:
     def __init__(
         self,
         engine: Engine,
-        on_failure: Callable[[Exception], None] | None = None,
+        on_failure: Callable[[Exception], object] | None = None,
         heartbeat_s: float = 5.0,
     ) -> None:
         self.engine = engine
@@ -98,7 +97,7 @@ class EngineLoop:
                 problem, remedy = "every slot is taken and the waiting queue is full", "Try again later."
                 raise ResourceExhaustedError("scheduler.max_waiting", limit, problem, remedy)
             usage = Usage(num_prompt_tokens=len(request.prompt_ids))
-            self._live[request.request_id] = _Live(request, on_output, usage)
+            self._live[request.request_id] = _Live(on_output, usage)
             self._commands.append((self._add, request))
             self._wake.notify()
 
@@ -155,8 +154,8 @@ class EngineLoop:
                 commands, self._commands = self._commands, deque()
                 closing = self._closing
             if closing:
-                for live in list(self._live.values()):
-                    self.engine.abort(live.request.request_id)
+                for request_id in list(self._live):
+                    self.engine.abort(request_id)
                 return False
             for command, argument in commands:
                 command(argument)

@@ -56,9 +56,6 @@ class Mesh:
 class ControlGroup:
     """Coordinator and workers: the plan goes out to all, results come back from shard 0 of each replica."""
 
-    rank: int
-    lp: int
-    tp: int
     plan_group: dist.ProcessGroup
     result_group: dist.ProcessGroup | None
     """Coordinator and the first shard of each replica; None on the other ranks."""
@@ -88,7 +85,8 @@ def join(rank: int, lp: int, tp: int, device: torch.device, store: dist.Store) -
     lp_groups = [mesh_group([1 + r * tp + s for r in range(lp)]) for s in range(tp)]
     heads = [0] + [1 + r * tp for r in range(lp)]
     result_group = dist.new_group(heads, backend="gloo", timeout=timeout)
-    control = ControlGroup(rank, lp, tp, dist.group.WORLD, result_group if rank in heads else None)
+    assert dist.group.WORLD is not None
+    control = ControlGroup(dist.group.WORLD, result_group if rank in heads else None)
     if rank == 0:
         return control, None
     return control, Mesh(lp, tp, replica, shard, device, tp_groups[replica], lp_groups[shard])

@@ -65,10 +65,15 @@ def _scores(
         whole = _gather_vocabulary(scaled[index], mesh)
         least = torch.full_like(temperature, -torch.inf)
         least[index] = torch.stack(
-            [_least_kept(row, int(k), float(p)) for row, k, p in zip(whole, top_k[filtered], top_p[filtered], strict=True)]
+            [
+                _least_kept(row, int(k), float(p))
+                for row, k, p in zip(whole, top_k[filtered], top_p[filtered], strict=True)
+            ]
         )
         scaled = scaled.masked_fill(scaled < least[:, None], -torch.inf)
-    seeds = sequences[:, Seq.SEED_LOW].astype(np.int64) | sequences[:, Seq.SEED_HIGH].view(np.uint32).astype(np.int64) << 31
+    seeds = (
+        sequences[:, Seq.SEED_LOW].astype(np.int64) | sequences[:, Seq.SEED_HIGH].view(np.uint32).astype(np.int64) << 31
+    )
     keys = np.stack([seeds, rows[:, Row.POSITION].astype(np.int64) + 1], axis=1)
     distinct, which = np.unique(keys, axis=0, return_inverse=True)
     noise = gumbel(distinct[:, 0], distinct[:, 1], vocab_range, logits.device)

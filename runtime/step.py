@@ -111,11 +111,7 @@ class WireLayout:
     @property
     def length(self) -> int:
         """int32 words of a plan's buffer."""
-        return (
-            self.HEADER
-            + self.max_rows * (len(Row) + len(Commit))
-            + self.max_sequences * (len(Seq) + 1)
-        )
+        return self.HEADER + self.max_rows * (len(Row) + len(Commit)) + self.max_sequences * (len(Seq) + 1)
 
     def encode(self, plan: StepPlan, buffer: Int32) -> None:
         """Write `plan` into `buffer` [length]. Asserts that it fits."""

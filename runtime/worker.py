@@ -21,6 +21,10 @@ from runtime.model.spec import ModelSpec
 from runtime.sampler import choose_tokens
 from runtime.step import Choose, Commit, Int32, Row, Seq, StepPlan, WireLayout
 
+MIN_ROWS = 2
+"""A step with a single row runs it twice: kernels for one row differ from those for more, and lookahead
+on and off must not differ (see runtime.model.layers.Linear)."""
+
 RESULT_HEADER = 1
 """Words before the tokens in a result: the step's microseconds on this worker."""
 
@@ -51,10 +55,9 @@ class Worker:
         self._commit(plan)
         self._last = plan
         local = plan.local_rows(self.mesh.replica)
-        tokens = np.full(len(local), -1, np.int32)
         if not len(local):
-            return tokens
-        rows = plan.rows[local]
+            return np.empty(0, np.int32)
+        rows = plan.rows[np.resize(local, max(len(local), MIN_ROWS))]
         sequence_of_slot = {int(line[Seq.SLOT]): index for index, line in enumerate(plan.sequences)}
         sequences = plan.sequences[[sequence_of_slot[slot] for slot in rows[:, Row.SLOT].tolist()]]
         batch = RowBatch.build(
@@ -66,13 +69,16 @@ class Worker:
             cache=self.cache,
         )
         hidden = self.decoder.forward(batch, self.cache)
+        tokens = np.full(len(rows), -1, np.int32)
         wanted = np.flatnonzero((rows[:, Row.CHOOSE] != Choose.NOTHING) & (rows[:, Row.OWNER] == self.mesh.replica))
         if len(wanted):
             logits = self.decoder.logits(hidden[torch.from_numpy(wanted).to(hidden.device)])
-            tokens[wanted] = choose_tokens(
-                logits, rows[wanted], sequences[wanted], self.mesh, self.decoder.vocab_range
-            ).cpu().numpy()
-        return tokens
+            tokens[wanted] = (
+                choose_tokens(logits, rows[wanted], sequences[wanted], self.mesh, self.decoder.vocab_range)
+                .cpu()
+                .numpy()
+            )
+        return tokens[: len(local)]
 
     def _commit(self, plan: StepPlan) -> None:
         """Move accepted rows of the last step into the cache; LP peers copy them from the replica that ran them."""

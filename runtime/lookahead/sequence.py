@@ -75,7 +75,7 @@ class Sequence:
         self.num_cached += len(path)
         self.text += emitted
         for source in self._sources:
-            source.learn(rows, chosen, len(emitted))
+            source.learn(rows, chosen)
             source.observe(self.text, len(emitted))
         self._count(len(emitted), len(rows) - num_chain + 1, now_s)
         return emitted

@@ -1,4 +1,7 @@
-"""Candidate sources: each proposes what may follow the current token. A new one is a class here and a name in SOURCES."""
+"""Candidate sources: each proposes what may follow the current token.
+
+A new one is a class here, its name in SOURCES and in `LookaheadConfig.sources`.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ class Source:
     def lay_out(self, rows: SequenceRows, room: int) -> None:
         """Add rows of the source's own, at most `room`, below `rows.root`."""
 
-    def learn(self, rows: SequenceRows, chosen: Sequence[int], num_accepted: int) -> None:
-        """See the token each row chose (-1: none) and how many tokens the step emitted."""
+    def learn(self, rows: SequenceRows, chosen: Sequence[int]) -> None:
+        """See the token each row of the step chose; -1: none."""
 
     def observe(self, text: Sequence[int], num_new: int) -> None:
         """See `text` grown by `num_new` tokens; at first by the whole prompt."""
@@ -47,9 +50,9 @@ class JacobiSource(Source):
         if self._laid_out:
             self.window.lay_out(rows)
 
-    def learn(self, rows: SequenceRows, chosen: Sequence[int], num_accepted: int) -> None:
+    def learn(self, rows: SequenceRows, chosen: Sequence[int]) -> None:
         if self._laid_out:
-            for ngram in self.window.advance(rows.tokens[rows.root], chosen, num_accepted):
+            for ngram in self.window.advance(rows.tokens[rows.root], chosen):
                 self.pool.add(ngram)
 
     def observe(self, text: Sequence[int], num_new: int) -> None:

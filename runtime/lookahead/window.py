@@ -54,10 +54,11 @@ class Window:
                 above = [rows.add(token, parent, choose) for token, parent in zip(level, above, strict=True)]
         self._last_row = above
 
-    def advance(self, current: int, chosen: Sequence[int], num_accepted: int) -> list[tuple[int, ...]]:
-        """Move on after a step: `current` was its current token, `chosen` the token each row chose,
-        and it emitted `num_accepted` tokens.
+    def advance(self, current: int, chosen: Sequence[int]) -> list[tuple[int, ...]]:
+        """Move on after a step: `current` was its current token, `chosen` the token each row chose.
 
+        Rows shift up by one however many tokens the step emitted, as in the paper's code: moving the
+        columns by the other accepted tokens too was measured, and gains nothing.
         Returns the W new n-grams (length N), none while the window is filling.
         """
         guesses = [chosen[row] for row in self._last_row]

@@ -9,7 +9,7 @@ import torch
 from runtime.cache import KVCache
 from runtime.mesh import Mesh
 from runtime.model.attention import RowBatch, attend
-from runtime.model.layers import GatedMLP, HeadNorm, Linear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
+from runtime.model.layers import GatedMLP, Linear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
 from runtime.model.rotary import Rotary, Tables, rotate
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
@@ -20,7 +20,7 @@ class DecoderLayer:
     attention_norm: RMSNorm
     qkv: Linear
     """Queries, keys and values of this rank's heads in one product: [(H + 2K) * d, D]."""
-    head_norm: HeadNorm | None
+    head_norm: RMSNorm | None
     """Norm of query and key heads, [H + K, d]."""
     output: RowParallelLinear
     mlp_norm: RMSNorm

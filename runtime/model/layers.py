@@ -83,25 +83,20 @@ class VocabParallelEmbedding:
 
 @dataclass(frozen=True)
 class RMSNorm:
-    """x / rms(x) * weight over the last dimension, computed in float32 at least."""
+    """x / rms(x) * weight over the last dimension, computed in float32 at least.
+
+    `weight` [D], or [heads, d] where every head has its own. Five small operations: on a CPU that is
+    several times faster than torch's composite rms_norm, and gives the same bits.
+    """
 
     weight: torch.Tensor
     eps: float
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape[-1:], self.weight, self.eps)
-
-
-@dataclass(frozen=True)
-class HeadNorm:
-    """RMS norm of each head, with a weight [heads, d] of its own per head."""
-
-    weight: torch.Tensor
-    eps: float
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, heads, d], same shape back."""
-        return F.rms_norm(x, self.weight.shape[-1:], None, self.eps).mul_(self.weight)
+        """x [T, D] or [T, heads, d], same shape back."""
+        wide = x.float() if x.dtype.itemsize < 4 else x
+        scale = (wide * wide).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        return (wide * scale).to(x.dtype).mul_(self.weight)
 
 
 class GatedMLP:

@@ -10,7 +10,7 @@ import torch
 from runtime.errors import ConfigError
 from runtime.mesh import Mesh
 from runtime.model.decoder import Decoder, DecoderLayer
-from runtime.model.layers import GatedMLP, HeadNorm, Linear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
+from runtime.model.layers import GatedMLP, Linear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
 from runtime.model.rotary import Rotary
 from runtime.model.shard import HeadShard, split
 from runtime.model.spec import ModelSpec, architecture_name
@@ -42,17 +42,19 @@ def resolve_model(path: str | None) -> Path:
 
 
 def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import errors, snapshot_download
 
     remedy = "Name a local directory, a .gguf file or a hub id such as org/name; null is the embedded model."
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(HUB_PATTERNS)))
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise ConfigError("model.path", hub_id, "no such directory, and not a hub id", remedy) from error
-    except RepositoryNotFoundError as error:
+    except errors.GatedRepoError as error:
+        problem = "the hub gives this model only to accounts that have accepted its terms"
+        raise ConfigError("model.path", hub_id, problem, "Accept them there and log in, or name another.") from error
+    except errors.RepositoryNotFoundError as error:
         raise ConfigError("model.path", hub_id, "no such directory, and the hub has no such model", remedy) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         problem = "no such directory, and the hub cannot be reached from here to look for it there"
         raise ConfigError("model.path", hub_id, problem, remedy) from error
 
@@ -61,12 +63,14 @@ def load_spec(directory: Path) -> ModelSpec:
     """Read config.json and generation_config.json. Raises ConfigError for a model Outrider cannot run."""
     raw = _read_json(directory / "config.json")
     architecture = architecture_name(raw)  # before transformers, whose import is slow and whose refusals are vague
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, GenerationConfig
 
     try:
         config = AutoConfig.from_pretrained(directory)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError("config.json", str(directory), f"cannot be read ({error})", "Mend the file.") from error
+    except (StrictDataclassError, ValueError, KeyError, TypeError) as error:
+        problem = f"cannot be read ({' '.join(str(error).split())})"
+        raise ConfigError("config.json", str(directory), problem, "Mend the file.") from error
     config.architectures = [architecture]
     has_generation = (directory / "generation_config.json").is_file()
     return ModelSpec.from_hf_config(config, GenerationConfig.from_pretrained(directory) if has_generation else None)
@@ -79,7 +83,8 @@ def _read_json(path: Path) -> dict:
         remedy = "Name a model directory in Hugging Face layout."
         raise ConfigError("model.path", str(path.parent), f"{path.name}: {error.strerror}", remedy) from error
     except json.JSONDecodeError as error:
-        raise ConfigError("model.path", str(path.parent), f"{path.name} is not JSON ({error})", "Mend the file.") from error
+        problem = f"{path.name} is not JSON ({error})"
+        raise ConfigError("model.path", str(path.parent), problem, "Mend the file.") from error
 
 
 def load_decoder(directory: Path, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> Decoder:
@@ -161,11 +166,11 @@ class _LayerBuilder:
         places = torch.tensor(self.heads.slots, device=tensor.device)
         return apart.new_zeros(shape).index_copy_(axis, places, apart).flatten(axis, axis + 1)
 
-    def _head_norm(self, name: str) -> HeadNorm:
+    def _head_norm(self, name: str) -> RMSNorm:
         query = self.checkpoint.rows(f"{name}.q_norm.weight", (self.spec.head_dim,))
         key = self.checkpoint.rows(f"{name}.k_norm.weight", (self.spec.head_dim,))
         weight = torch.cat([query.expand(self.heads.num_heads, -1), key.expand(self.heads.num_kv_heads, -1)])
-        return HeadNorm(weight, self.spec.rms_eps)
+        return RMSNorm(weight, self.spec.rms_eps)
 
     def _mlp(self, name: str) -> GatedMLP:
         spec = self.spec

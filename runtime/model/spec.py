@@ -91,7 +91,8 @@ class ModelSpec:
         """Raises ConfigError if the model cannot be split over `tp` ranks."""
         if tp > self.num_heads:
             problem = f"the model has {self.num_heads} query heads, and every tensor-parallel rank needs one"
-            raise ConfigError("parallel.tp", tp, problem, f"Use at most {self.num_heads}; more devices go to parallel.lp.")
+            remedy = f"Use at most {self.num_heads}; give further devices to parallel.lp."
+            raise ConfigError("parallel.tp", tp, problem, remedy)
 
     @classmethod
     def from_hf_config(cls, config: PretrainedConfig, generation: GenerationConfig | None = None) -> ModelSpec:

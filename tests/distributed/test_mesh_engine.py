@@ -9,9 +9,9 @@ import time
 import pytest
 
 from runtime import Config, Engine, LookaheadConfig, SamplingParams, WorkerError
+from runtime.equality import Equality, hugging_face_gap
 from runtime.executor import MeshExecutor
 from runtime.pool import ProcessPool
-from tests.equality import Equality, reference_gap
 from tests.unit.test_engine import PLAIN, make_prompts
 
 PROMPTS = [*make_prompts(3, seed=11), *make_prompts(1, longest=400, seed=12)]
@@ -45,7 +45,7 @@ def alone(tiny_model):
 
 @pytest.mark.parametrize(("lp", "tp"), [(2, 1), (4, 1), (1, 2), (1, 3), (2, 2), (8, 1), (1, 8)])
 def test_every_mesh_equals_one_process(tiny_model, alone, lp, tp):
-    gap_of = reference_gap(tiny_model)
+    gap_of = hugging_face_gap(tiny_model)
     greedy, sampled = Equality(gap_of), Equality(gap_of, tolerance=0.0)
     with Engine.from_config(make_config(tiny_model, lp, tp)) as engine:
         for name, sampling in SAMPLING.items():
@@ -53,10 +53,11 @@ def test_every_mesh_equals_one_process(tiny_model, alone, lp, tp):
                 together = engine.generate(PROMPTS, sampling, lookahead)
                 for prompt, one, other in zip(PROMPTS, alone[name], together, strict=True):
                     equality = greedy if name == "greedy" else sampled
-                    equality.check(prompt, one.token_ids, other.token_ids, f"{name} lp={lp} tp={tp}")
+                    equality.compare(prompt, one.token_ids, other.token_ids, f"{name} lp={lp} tp={tp}")
         seconds = engine.stats.seconds
     assert seconds["broadcast"] > 0 and seconds["gather"] > 0
-    assert greedy.num_tokens > 200 and len(greedy.gaps) <= 1
+    assert greedy.lossless and sampled.lossless, (greedy, sampled)
+    assert greedy.num_tokens > 200 and len(greedy.divergences) <= 1
 
 
 def test_lookahead_parallel_replicas_share_the_rows(tiny_model):

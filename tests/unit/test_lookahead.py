@@ -47,8 +47,10 @@ def decode(lookahead: LookaheadConfig, prompt: list[int], count: int, max_chain:
     while len(output) < count:
         cached = sequence.text[: sequence.num_cached]
         rows = sequence.plan(max_chain, room)
-        assert all(rows.positions[i] == (rows.positions[p] if p >= 0 else len(cached) - 1) + 1
-                   for i, p in enumerate(rows.parents))
+        assert all(
+            rows.positions[i] == (rows.positions[p] if p >= 0 else len(cached) - 1) + 1
+            for i, p in enumerate(rows.parents)
+        )
         output += sequence.accept(choose_all(rows, cached), 0.0)
     return output[:count], sequence.usage.num_steps
 
@@ -105,7 +107,7 @@ def test_window_fills_row_by_row_then_yields_w_ngrams_of_length_n():
         chosen = [1000 * (step + 1) + row for row in range(len(rows))]
         above = [list(level) for level in window.levels]
         guesses = [chosen[row] for row in window._last_row]
-        ngrams = window.advance(text[-1], chosen, 1)
+        ngrams = window.advance(text[-1], chosen)
         if step < ngram_size - 2:
             assert ngrams == []
             assert window.levels[-1] == guesses[1:]  # a cell keeps its position: the text moved on by one

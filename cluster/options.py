@@ -1,0 +1,81 @@
+"""Command-line options that stand for fields of the config: written once there, never repeated by hand."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, get_origin
+
+import typer
+import yaml
+
+from runtime.config import Config, SamplingParams
+from runtime.errors import ConfigError
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with the sections of the config.", show_default="defaults")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. parallel.lp=2. Repeatable."),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Ask a running server instead of loading the model here.", envvar=None),
+]
+LookaheadOption = Annotated[
+    bool | None, typer.Option("--lookahead/--no-lookahead", help="Shorthand for lookahead.enabled.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+PER_REQUEST_SECTIONS = ("sampling", "lookahead")
+"""Sections whose values a request may bring along."""
+
+
+def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` one option per field of SamplingParams. Its argument `sampling` gets those that were named."""
+    fields = SamplingParams.model_fields
+
+    @functools.wraps(command)
+    def wrapper(**arguments: Any) -> None:
+        given = {name: arguments.pop(name) for name in fields}
+        command(**arguments, sampling={name: value for name, value in given.items() if value is not None})
+
+    options = []
+    for name, field in fields.items():
+        kind: Any = list[int] if get_origin(field.annotation) is tuple else field.annotation
+        assert kind in (int, float, bool) or not isinstance(kind, UnionType)
+        # Shown only: the value comes from the config, or from the server.
+        shown = str(field.default) if field.default != () else "none"
+        option = typer.Option(help=field.description or "Most tokens to generate.", show_default=shown)
+        options.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+            )
+        )
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "sampling"]
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+    wrapper.__signature__ = inspect.Signature([*keywords, *options])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {}
+    del wrapper.__wrapped__  # typer would read the annotations of what is wrapped
+    return wrapper
+
+
+def request_overrides(config: Path | None, settings: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What --set says about requests, by section. Raises ConfigError for what only the server can decide."""
+    if config is not None:
+        remedy = "Start the server with it, or leave out --address."
+        raise ConfigError("--config", str(config), "is not for a client: the server has its own", remedy)
+    Config.load(None, settings)  # refuses unknown keys and bad values
+    overrides: dict[str, dict[str, Any]] = {section: {} for section in PER_REQUEST_SECTIONS}
+    for setting in settings:
+        key, _, text = setting.partition("=")
+        section, _, leaf = key.partition(".")
+        if section not in overrides or not leaf:
+            remedy = f"With --address, set keys of {' and '.join(PER_REQUEST_SECTIONS)} only."
+            raise ConfigError("--set", setting, "is not for a client: the server decides that", remedy)
+        overrides[section][leaf] = yaml.safe_load(text)
+    return overrides

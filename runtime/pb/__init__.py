@@ -1,0 +1,1 @@
+"""Messages generated from proto/ (`python -m cluster.pb.generate`); they need protobuf, not gRPC."""

@@ -1,0 +1,117 @@
+"""Staged rows enter the cache exactly when and where they are accepted."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+import torch
+
+from runtime.cache import KVCache
+from runtime.errors import ConfigError
+
+LAYERS, HEADS, DIM = 3, 2, 4
+
+
+def make_cache(num_slots: int = 2, capacity: int = 10, max_staged: int = 6) -> KVCache:
+    return KVCache(num_slots, LAYERS, HEADS, DIM, capacity, max_staged, torch.float32, torch.device("cpu"))
+
+
+def stage_all(cache: KVCache, slot: int, rows: torch.Tensor) -> None:
+    """rows [T, LAYERS, 2, HEADS, DIM]"""
+    for layer in range(LAYERS):
+        cache.stage(layer, slot, rows[:, layer, 0], rows[:, layer, 1])
+
+
+def committed(cache: KVCache, slot: int) -> torch.Tensor:
+    """[length, LAYERS, 2, HEADS, DIM]"""
+    return cache.buffer[slot, ..., : cache.lengths[slot], :].permute(3, 0, 1, 2, 4)
+
+
+def random_rows(count: int) -> torch.Tensor:
+    return torch.randn(count, LAYERS, 2, HEADS, DIM)
+
+
+def test_stage_returns_committed_then_staged_rows() -> None:
+    torch.manual_seed(0)
+    cache = make_cache()
+    first, second = random_rows(3), random_rows(2)
+    stage_all(cache, 1, first)
+    cache.commit(1, range(3))
+    keys, values = cache.stage(2, 1, second[:, 2, 0], second[:, 2, 1])
+    both = torch.cat([first, second])[:, 2]
+    assert torch.equal(keys, both[:, 0].transpose(0, 1))
+    assert torch.equal(values, both[:, 1].transpose(0, 1))
+    assert cache.lengths == [0, 3]
+
+
+@pytest.mark.parametrize("accepted", [[], [0], [0, 1, 2], [4], [0, 2, 3], [1, 2, 5], [0, 1, 5]])
+def test_commit_keeps_accepted_rows_in_order(accepted: list[int]) -> None:
+    torch.manual_seed(0)
+    cache = make_cache()
+    prefix, other, staged = random_rows(2), random_rows(4), random_rows(6)
+    for slot, rows in ((0, prefix), (1, other)):
+        stage_all(cache, slot, rows)
+        cache.commit(slot, range(len(rows)))
+    stage_all(cache, 0, staged)
+    cache.commit(0, accepted)
+    assert torch.equal(committed(cache, 0), torch.cat([prefix, staged[accepted]]))
+    assert torch.equal(committed(cache, 1), other)
+
+
+def test_appended_block_equals_commit_on_the_replica_that_ran_the_rows() -> None:
+    torch.manual_seed(0)
+    source, peer = make_cache(), make_cache()
+    prefix, staged = random_rows(2), random_rows(5)
+    for cache in (source, peer):
+        stage_all(cache, 0, prefix)
+        cache.commit(0, [0, 1])
+    stage_all(source, 0, staged)
+    stage_all(peer, 0, random_rows(3))  # rows of its own, all rejected
+    block = source.read_staged(0, [1, 2, 4])
+    received = peer.empty_block(3)
+    assert received.shape == block.shape and block.is_contiguous() and received.is_contiguous()
+    received.copy_(block)
+    source.commit(0, [1, 2, 4])
+    peer.append(0, received)
+    assert torch.equal(committed(source, 0), committed(peer, 0))
+    assert peer.lengths[0] == 5
+
+
+def test_full_cache_still_has_room_to_stage() -> None:
+    torch.manual_seed(0)
+    cache = make_cache(num_slots=1, capacity=4, max_staged=3)
+    rows = random_rows(3)
+    stage_all(cache, 0, rows)
+    cache.commit(0, range(3))
+    stage_all(cache, 0, rows)
+    cache.commit(0, [2])
+    stage_all(cache, 0, rows)
+    with pytest.raises(AssertionError, match="capacity"):
+        cache.commit(0, [0])
+    assert torch.equal(committed(cache, 0), torch.cat([rows, rows[2:]]))
+
+
+def test_reset_empties_one_slot() -> None:
+    cache = make_cache()
+    for slot in range(2):
+        stage_all(cache, slot, random_rows(2))
+        cache.commit(slot, range(2))
+    cache.reset(0)
+    assert cache.lengths == [0, 2]
+    rows = random_rows(1)
+    keys, _ = cache.stage(0, 0, rows[:, 0, 0], rows[:, 0, 1])
+    assert torch.equal(keys, rows[:, 0, 0].transpose(0, 1))
+
+
+def test_capacity_costs_no_memory_before_it_is_used() -> None:
+    before = psutil.Process().memory_info().rss
+    cache = KVCache(8, 30, 3, 64, 8192, 512, torch.float32, torch.device("cpu"))  # 3.2 GB of addresses
+    rows = torch.ones(4, 3, 64)
+    cache.stage(0, 0, rows, rows)
+    assert psutil.Process().memory_info().rss - before < 64 << 20
+
+
+def test_impossible_capacity_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"cache.capacity = 1000000000: .* GiB") as caught:
+        KVCache(8, 30, 3, 64, 10**9, 512, torch.float32, torch.device("cpu"))
+    assert "scheduler.max_sequences" in caught.value.remedy

@@ -1,0 +1,209 @@
+"""Detokenisation gives the whole text in whole characters; chat templates and bad messages are handled by name."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+
+from runtime.errors import ConfigError, InvalidRequestError
+from runtime.model.loader import resolve_model
+from runtime.tokenizer import Detokenizer, Tokenizer
+
+pytestmark = pytest.mark.timeout(120)
+
+TEXTS = {
+    "plain": "The quick brown fox; it's 3 o'clock.\n\n  def f(x):\n\treturn x ** 2\r\n",
+    "emoji": "👩‍👩‍👧‍👦 waved 👋🏽 at 🏳️‍🌈 and 🇨🇭 🇯🇵!",
+    "cjk": "敏捷的棕色狐狸跳过了懒狗。素早い茶色の狐。빠른 갈색 여우. 𠜎𠜱𡿺",
+    "combining": "Z̷̢̛a͟l̸g̕o, é != é, नमस्ते, ภาษาไทย, שָׁלוֹם",
+    "replacement": "a genuine \ufffd, three \ufffd\ufffd\ufffd and four \ufffd\ufffd\ufffd\ufffd of them",
+    "mixed": "naïve café — “quotes” … 1½ 漢字😀ascii\x00\x07 end ",
+}
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> Tokenizer:
+    """The embedded model's: byte-level BPE."""
+    return Tokenizer(resolve_model(None))
+
+
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A small one built like Llama 2's: word pieces with a leading-space mark, every other character as UTF-8 bytes."""
+    pieces = ["▁", "▁fox", "▁a", "a", "e", "n", "o", "t", "▁the", "ing", ".", ","]
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocab |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    vocab |= {piece: len(vocab) + index for index, piece in enumerate(pieces)}
+    specials = [
+        {"id": index, "content": content, "special": True, "normalized": False}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        for index, content in enumerate(("<unk>", "<s>", "</s>"))
+    ]
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    normalizers = [{"type": "Prepend", "prepend": "▁"}, spaces]
+    decoders = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    model = {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True}
+    model["merges"] = [["▁", "a"]]
+    tokenizer = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": specials,
+        "normalizer": {"type": "Sequence", "normalizers": normalizers}, "pre_tokenizer": None,
+        "post_processor": None, "decoder": {"type": "Sequence", "decoders": decoders}, "model": model,
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp("byte_fallback")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return Tokenizer(folder)
+
+
+def pieces_of(tokenizer: Tokenizer, ids: list[int], group: random.Random | None = None) -> list[str]:
+    """The pushes' texts and the flush, the ids given one by one or in random groups."""
+    detokenizer, pieces, start = Detokenizer(tokenizer), [], 0
+    while start < len(ids):
+        size = group.randint(1, 9) if group else 1
+        pieces.append(detokenizer.push(ids[start : start + size]))
+        start += size
+    return [*pieces, detokenizer.flush()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("byte_level", name) for name in TEXTS] + [("byte_fallback", name) for name in TEXTS if name != "replacement"],
+)
+def test_pieces_of_a_text_are_whole_characters_and_join_to_it(
+    kind: str, name: str, request: pytest.FixtureRequest
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    ids = tokenizer.encode(TEXTS[name])
+    pieces = pieces_of(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids) == TEXTS[name]
+    if name != "replacement":
+        assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces_of(tokenizer, ids, random.Random(1))) == TEXTS[name]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_of_random_ids_join_to_their_text(byte_level: Tokenizer, seed: int) -> None:
+    chance = random.Random(seed)
+    # Half of the draws prefer ids that are not whole characters, where the difficulty is.
+    broken = [token_id for token_id in range(3000) if "\ufffd" in byte_level.decode([token_id])]
+    assert len(broken) > 100
+    ids = [chance.choice(broken) if chance.random() < 0.5 else chance.randrange(49152) for _ in range(300)]
+    expected = byte_level.decode(ids)
+    assert "".join(pieces_of(byte_level, ids)) == expected
+    assert "".join(pieces_of(byte_level, ids, chance)) == expected
+
+
+def test_grouping_does_not_change_what_has_been_shown_by_any_token(byte_level: Tokenizer) -> None:
+    ids = byte_level.encode(TEXTS["emoji"] + TEXTS["cjk"])
+    one_by_one, grouped = Detokenizer(byte_level), Detokenizer(byte_level)
+    for start in range(0, len(ids), 5):
+        chunk = ids[start : start + 5]
+        assert "".join(one_by_one.push([token_id]) for token_id in chunk) == grouped.push(chunk)
+
+
+def test_bytes_that_never_become_a_character_are_not_held_for_ever(
+    byte_level: Tokenizer, byte_fallback: Tokenizer
+) -> None:
+    lone = next(i for i in range(3000) if byte_level.decode([i]) == "\ufffd")
+    for tokenizer, token_id in ((byte_level, lone), (byte_fallback, 3 + 0x80)):
+        detokenizer = Detokenizer(tokenizer)
+        shown = 0
+        for pushed in range(1, 200):
+            shown += len(detokenizer.push([token_id]))
+            assert pushed - shown <= Detokenizer.MAX_HELD
+            assert len(detokenizer._window) <= Detokenizer.MAX_WINDOW
+        assert shown + len(detokenizer.flush()) == 199
+
+
+def test_tokens_that_all_end_inside_a_character(tmp_path: Path) -> None:
+    """The window has no place to begin anew, and must not grow with the text either."""
+    first, second, third = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("中")[0][0]
+    backend = tokenizers.Tokenizer(BPE({first + second: 0, third + first + second: 1, third: 2}, []))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    tokenizer = Tokenizer(tmp_path)
+    detokenizer = Detokenizer(tokenizer)
+    text = detokenizer.push([0])
+    for count in range(1, 150):
+        text += detokenizer.push([1])
+        assert text == "中" * count
+        assert len(detokenizer._window) <= Detokenizer.MAX_WINDOW
+    assert text + detokenizer.push([2]) + detokenizer.flush() == tokenizer.decode([0, *[1] * 149, 2]) == "中" * 150
+
+
+def test_invalid_bytes_do_not_stop_a_byte_fallback_text(byte_fallback: Tokenizer) -> None:
+    chinese = [3 + byte for byte in "中文".encode()]
+    pieces = pieces_of(byte_fallback, [*chinese, 3 + 0xFF, *chinese, *byte_fallback.encode(" a fox")])
+    assert "".join(pieces).startswith("中文")
+    assert "".join(pieces).endswith(" a fox")
+
+
+def test_spaces_between_words_survive_the_cut(byte_fallback: Tokenizer) -> None:
+    ids = byte_fallback.encode("a a  a the a ")
+    assert pieces_of(byte_fallback, ids)[0] == "a"
+    assert "".join(pieces_of(byte_fallback, ids)) == "a a  a the a "
+
+
+def test_special_and_unknown_ids_leave_no_text(byte_level: Tokenizer) -> None:
+    ids = [1, *byte_level.encode("Hi"), 2, 2, 2, *byte_level.encode(" there"), byte_level.vocab_size + 7]
+    assert "".join(pieces_of(byte_level, ids)) == "Hi there"
+
+
+def test_chat_follows_the_template(byte_level: Tokenizer) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi 👋"}]
+    text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi 👋<|im_end|>\n<|im_start|>assistant\n"
+    assert byte_level.encode_chat(messages) == byte_level.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("messages", "field"),
+    [
+        ([], "messages"),
+        (["hello"], "messages[0]"),
+        ([{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}], "messages[1].role"),
+        ([{"content": "a"}], "messages[0].role"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "user", "content": 3}], "messages[0].content"),
+        ([{"role": "user", "content": "a", "name": "b"}], "messages[0].name"),
+        ([{"role": "user", "content": "\ud83d"}], "messages[0].content"),
+    ],
+)
+def test_malformed_messages_are_refused_by_name(byte_level: Tokenizer, messages: list, field: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        byte_level.encode_chat(messages)
+    assert caught.value.field == field and caught.value.remedy
+
+
+def test_half_a_surrogate_pair_is_refused(byte_level: Tokenizer) -> None:
+    with pytest.raises(InvalidRequestError, match="Unicode"):
+        byte_level.encode("half of \ud83d")
+
+
+def test_a_model_without_a_chat_template_says_so(byte_fallback: Tokenizer) -> None:
+    with pytest.raises(InvalidRequestError, match="no chat template.*plain text"):
+        byte_fallback.encode_chat([{"role": "user", "content": "a"}])
+
+
+def test_what_a_template_refuses_is_a_bad_request(byte_fallback: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{{ raise_exception('only users speak here') }}"
+    monkeypatch.setattr(byte_fallback._tokenizer, "chat_template", template)
+    with pytest.raises(InvalidRequestError, match="only users speak here"):
+        byte_fallback.encode_chat([{"role": "user", "content": "a"}])
+
+
+def test_a_directory_without_a_tokenizer_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.path"):
+        Tokenizer(tmp_path)

@@ -1,0 +1,166 @@
+"""Tiny random models of every architecture and rope variant, and ways to run rows through a decoder."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime.cache import KVCache
+from runtime.mesh import Mesh
+from runtime.model.attention import RowBatch
+from runtime.model.decoder import Decoder
+from runtime.model.loader import load_decoder
+
+TRAINED = 16
+"""max_position_embeddings of every zoo model; the tests run past it."""
+
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": TRAINED,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED},
+}
+
+# 9 heads over 3 and 8 over 2; 53 inner features and 101 tokens divide by nothing
+NINE = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
+EIGHT = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", NINE),
+    "llama-tied": ("Llama", {**NINE, "tie_word_embeddings": True}),
+    "llama-attention_bias": ("Llama", {**NINE, "attention_bias": True}),
+    "llama-mlp_bias": ("Llama", {**EIGHT, "mlp_bias": True, "attention_bias": True}),
+    "llama-head_dim": ("Llama", {**EIGHT, "head_dim": 20}),
+    "llama-gelu": ("Llama", {**NINE, "hidden_act": "gelu_pytorch_tanh"}),
+    "llama-one_kv_head": ("Llama", {**EIGHT, "num_key_value_heads": 1}),
+    "llama-no_groups": ("Llama", {**EIGHT, "num_key_value_heads": 8}),
+    "mistral": ("Mistral", {**EIGHT, "sliding_window": None}),
+    "mistral-window": ("Mistral", {**NINE, "sliding_window": 7}),
+    "qwen2": ("Qwen2", EIGHT),
+    "qwen2-tied-window": (
+        "Qwen2",
+        {**NINE, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", NINE),
+    "qwen3-bias-window": (
+        "Qwen3",
+        {**EIGHT, "attention_bias": True, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+}
+VARIANTS |= {
+    f"{kind.lower()}-rope-{rope}": (kind, {**heads, "rope_parameters": {"rope_theta": 1e4, **parameters}})
+    for kind, heads in (("Llama", NINE), ("Mistral", EIGHT), ("Qwen2", NINE), ("Qwen3", EIGHT))
+    for rope, parameters in ROPES.items()
+}
+
+
+def make_config(variant: str, **overrides: Any) -> Any:
+    import transformers
+
+    architecture, settings = VARIANTS[variant]
+    shared = {
+        "vocab_size": 101,
+        "intermediate_size": 53,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": TRAINED,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.1,
+        "bos_token_id": None,
+        "eos_token_id": 7,
+    }
+    return getattr(transformers, f"{architecture}Config")(**{**shared, **settings, **overrides})
+
+
+def make_model(variant: str, **overrides: Any) -> Any:
+    """A Hugging Face model with every parameter random, biases and norms too."""
+    import transformers
+
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{VARIANTS[variant][0]}ForCausalLM")(make_config(variant, **overrides)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def some_tokens(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 101, count).tolist()
+
+
+class Runner:
+    """Rows of one or more sequences through a decoder, one cache slot each."""
+
+    def __init__(self, decoder: Decoder, num_slots: int = 1, capacity: int = 128, max_staged: int = 64) -> None:
+        self.decoder = decoder
+        spec = decoder.spec
+        self.cache = KVCache(
+            num_slots=num_slots,
+            num_layers=spec.num_layers,
+            num_kv_heads=decoder.num_kv_heads,
+            head_dim=spec.head_dim,
+            capacity=capacity,
+            max_staged=max_staged,
+            dtype=decoder.dtype,
+            device=torch.device("cpu"),
+        )
+
+    def rows(
+        self,
+        tokens: list[int],
+        parents: list[int] | None = None,
+        slots: list[int] | None = None,
+        rope_length: int = 0,
+    ) -> torch.Tensor:
+        """Logits [T, V_local] of rows behind what is committed; without `parents` one row after the other."""
+        count = len(tokens)
+        parents = list(range(-1, count - 1)) if parents is None else parents
+        slots = [0] * count if slots is None else slots
+        positions: list[int] = []
+        for parent, slot in zip(parents, slots, strict=True):
+            positions.append(self.cache.lengths[slot] if parent < 0 else positions[parent] + 1)
+        arrays = (np.array(column) for column in (tokens, positions, parents, slots, [rope_length] * count))
+        batch = RowBatch.build(*arrays, cache=self.cache)
+        return self.decoder.logits(self.decoder.forward(batch, self.cache))
+
+    def extend(self, tokens: list[int], slot: int = 0, rope_length: int = 0) -> torch.Tensor:
+        """Like `rows` for a plain continuation of one sequence, which is committed."""
+        logits = self.rows(tokens, slots=[slot] * len(tokens), rope_length=rope_length)
+        self.cache.commit(slot, range(len(tokens)))
+        return logits
+
+
+def run_tensor_parallel(rank: int, tp: int, directory: Path) -> None:
+    """One rank: every model under `directory`, against the logits stored with it; differences go to a file.
+
+    Runs in a process of its own, which never imports transformers: that would take longer than the work.
+    """
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous-{tp}", rank=rank, world_size=tp)
+    mesh = Mesh(tp=tp, shard=rank, tp_group=dist.group.WORLD)
+    found = {}
+    for place in sorted(path for path in directory.iterdir() if path.is_dir()):
+        spec, tokens, expected = pickle.loads((place / "reference.pkl").read_bytes())
+        decoder = load_decoder(place, spec, mesh, torch.float32)
+        runner = Runner(decoder)
+        start, stop = decoder.vocab_range
+        cuts = (0, len(tokens)) if "rope" in place.name else (0, len(tokens) - 1, len(tokens))
+        chunks = [runner.extend(tokens[a:b], rope_length=len(tokens)) for a, b in zip(cuts, cuts[1:], strict=False)]
+        difference = (torch.cat(chunks) - torch.from_numpy(expected)[:, start:stop]).abs().max().item()
+        found[place.name] = (decoder.vocab_range, decoder.heads, difference)
+    (directory / f"found-{tp}-{rank}.pkl").write_bytes(pickle.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
