@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 PROMPT_KEYS = ("prompt", "messages", "token_ids", "turns")
 ID_KEYS = ("id", "question_id", "task_id")
-ANNOTATION_KEYS = ("category", "reference", "entry_point", "canonical_solution", "test")
-"""What Spec-Bench and HumanEval say beside the prompt; read over."""
+DATASET_KEYS = ("turns", "task_id")
+"""Marks of Spec-Bench's and HumanEval's own records, which say more beside the prompt; it is read over."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ def parse(line: str, number: int) -> Record:
     if len(given) != 1:
         remedy = f"Give one of {', '.join(PROMPT_KEYS)}."
         raise InvalidRequestError("record", given or list(fields), "needs exactly one prompt", remedy)
-    known = {*PROMPT_KEYS, *ID_KEYS, *ANNOTATION_KEYS, *SamplingParams.model_fields, "lookahead"}
-    if unknown := [key for key in fields if key not in known]:
+    known = {*PROMPT_KEYS, *ID_KEYS, *SamplingParams.model_fields, "lookahead"}
+    unknown = [key for key in fields if key not in known]
+    if unknown and not any(key in fields for key in DATASET_KEYS):
         remedy = f"Known here: {', '.join(sorted(known))}."
         raise InvalidRequestError(unknown[0], fields[unknown[0]], "unknown key", remedy)
     lookahead = fields.get("lookahead", {})

@@ -57,11 +57,11 @@ class LookaheadConfig(Section):
 
     enabled: bool = True
     """false is plain autoregressive decoding through the same code."""
-    window_size: int = Field(default=15, ge=1, le=256)
-    """W, columns of the Jacobi window."""
-    ngram_size: int = Field(default=5, ge=2, le=16)
+    window_size: int = Field(default=5, ge=1, le=256)
+    """W, columns of the Jacobi window. The defaults suit a CPU; a GPU has room for many more rows (configs/)."""
+    ngram_size: int = Field(default=4, ge=2, le=16)
     """N, tokens per n-gram; the window has N-1 rows."""
-    guess_set_size: int = Field(default=15, ge=1, le=256)
+    guess_set_size: int = Field(default=5, ge=1, le=256)
     """G, n-grams kept per first token, and most candidates that one source proposes in a step."""
     sources: tuple[Literal["jacobi", "suffix"], ...] = ("jacobi", "suffix")
     """Who proposes candidates: the n-gram pool fed by the window, and repeats of the text so far."""
@@ -192,7 +192,9 @@ class Config(Section):
                 raise ConfigError("config", str(path), f"is not YAML ({error})", "Mend the file.") from error
             if loaded is not None and not isinstance(loaded, dict):
                 raise ConfigError("config", str(path), "is not a mapping of sections", "See configs/ for examples.")
-            tree = loaded or {}
+            tree = {
+                key: {} if value is None and key in cls.model_fields else value for key, value in (loaded or {}).items()
+            }
         for override in overrides:
             _apply_override(tree, override)
         return cls.from_dict(tree)

@@ -100,7 +100,7 @@ class Engine:
         ids = request.prompt_ids
         if not ids:
             raise InvalidRequestError("prompt", "", "is empty", "Send at least one token.")
-        for field_name, values in (("token_ids", ids), ("stop_token_ids", request.sampling.stop_token_ids)):
+        for field_name, values in (("token_ids", ids), ("sampling.stop_token_ids", request.sampling.stop_token_ids)):
             for token in values:
                 if not isinstance(token, int) or not 0 <= token < self.spec.vocab_size:
                     remedy = f"Token ids are whole numbers from 0 to {self.spec.vocab_size - 1}."

@@ -60,8 +60,6 @@ class LocalExecutor:
 class MeshExecutor:
     """The coordinator's end of the control group: a step is one broadcast and one gather."""
 
-    STARTUP_TIMEOUT_S = 300.0
-
     def __init__(self, config: Config, spec: ModelSpec, pool: WorkerPool) -> None:
         self._config, self._pool = config, pool
         self._layout: WireLayout = wire_layout(config)
@@ -78,12 +76,12 @@ class MeshExecutor:
 
     def _form_mesh(self, spec: ModelSpec) -> mesh.ControlGroup:
         """Start the workers, wait until each has reached the store, then build the groups."""
-        timeout = timedelta(seconds=self.STARTUP_TIMEOUT_S)
+        timeout = timedelta(seconds=mesh.COLLECTIVE_TIMEOUT_S)
         parallel = self._config.parallel
         store = dist.TCPStore(self._pool.host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
         self._pool.start(self._config, spec, self._pool.host, store.port)
         waiting = [alive_key(rank) for rank in range(1, 1 + parallel.num_workers)]
-        deadline = time.monotonic() + self.STARTUP_TIMEOUT_S
+        deadline = time.monotonic() + mesh.COLLECTIVE_TIMEOUT_S
         while waiting:
             if failure := self._pool.failure():
                 raise WorkerError(f"a worker ended while it was starting: {failure}")
@@ -91,8 +89,7 @@ class MeshExecutor:
                 raise WorkerError(f"{len(waiting)} of {parallel.num_workers} workers did not start in time")
             waiting = [key for key in waiting if not store.check([key])]
             time.sleep(0.02)
-        device = torch.device("cuda" if pick_device(self._config, 0).type == "cuda" else "cpu")
-        control, _ = mesh.join(0, parallel.lp, parallel.tp, device, store)
+        control, _ = mesh.join(0, parallel.lp, parallel.tp, torch.device("cpu"), store)
         return control
 
     def execute(self, plan: StepPlan) -> StepResult:

@@ -12,8 +12,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-COLLECTIVE_TIMEOUT_S = 300.0
-"""A collective that waits longer means a lost peer. An idle coordinator sends a heartbeat well within it."""
+COLLECTIVE_TIMEOUT_S = 1800.0
+"""Longest wait in a collective, loading the model included. A peer that dies is noticed at once, by its
+closed connections; an idle coordinator sends a heartbeat well within this time."""
 
 
 @dataclass(frozen=True)

@@ -134,14 +134,14 @@ def test_text_messages_and_ids_are_the_same_prompt(client: Client, engine: Engin
         ({"prompt": "a" * 600}, "prompt"),
         ({"prompt": "a", "sampling": {"max_new_tokens": 0}}, "sampling.max_new_tokens"),
         ({"prompt": "a", "sampling": {"stop_token_ids": [262]}}, "stop_token_ids"),
-        ({"prompt": "a", "lookahead": {"window_size": 200}}, "lookahead.window_size"),
+        ({"prompt": "a", "lookahead": {"window_size": 256, "ngram_size": 16}}, "lookahead.window_size"),
     ],
 )
 def test_bad_requests_name_the_field(client: Client, arguments: dict, field: str) -> None:
     with pytest.raises(CallError) as caught:
         client.complete(**arguments)
     assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
-    assert caught.value.details.removeprefix("sampling.").startswith(field.removeprefix("sampling."))
+    assert caught.value.details.startswith(field)
 
 
 def test_cancellation_frees_the_slot_for_those_that_wait(client: Client, engine: Engine) -> None:

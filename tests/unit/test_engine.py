@@ -182,7 +182,7 @@ def test_a_full_queue_refuses_one_more(engine):
         ([999], SamplingParams(), PLAIN, "token_ids"),
         ([-1], SamplingParams(), PLAIN, "token_ids"),
         ([1] * 512, SamplingParams(), PLAIN, "prompt"),
-        ([1], SamplingParams(stop_token_ids=(262,)), PLAIN, "stop_token_ids"),
+        ([1], SamplingParams(stop_token_ids=(262,)), PLAIN, "sampling.stop_token_ids"),
         ([1], SamplingParams(), LookaheadConfig(window_size=100), "lookahead.window_size"),
     ],
 )

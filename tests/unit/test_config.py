@@ -1,0 +1,81 @@
+"""The config tree: strict keys, typed errors that name field, value and remedy, frozen values."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from runtime import Config, ConfigError, InvalidRequestError, LookaheadConfig, SamplingParams
+
+
+def test_yaml_and_overrides_make_one_tree(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("parallel: {lp: 2}\nlookahead:\n  window_size: 7\nsampling:\nserver:\n")
+    config = Config.load(file, ["lookahead.ngram_size=3", "parallel.tp=3", "sampling.temperature=0.5"])
+    assert (config.parallel.lp, config.parallel.tp, config.parallel.num_workers) == (2, 3, 6)
+    assert (config.lookahead.window_size, config.lookahead.ngram_size) == (7, 3)
+    assert config.sampling.temperature == 0.5
+    assert Config.from_dict(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "words"),
+    [
+        ("parallel.lp=0", "parallel.lp", "greater than or equal to 1"),
+        ("parallel.ranks=2", "parallel.ranks", "lp, tp, threads"),
+        ("paralel.lp=2", "paralel", "parallel"),
+        ("model.dtype=int4", "model.dtype", "bfloat16"),
+        ("lookahead.sources=[psychic]", "lookahead.sources.0", "suffix"),
+        ("lookahead.sources=[suffix, suffix]", "lookahead.sources", "repeated"),
+        ("lookahead.row_budget=3", "lookahead.row_budget", "W*(N-1)"),
+        ("scheduler.max_sequences=256", "scheduler.max_rows", "twice"),
+        ("sampling.temperature=.nan", "sampling.temperature", "finite"),
+        ("sampling.top_p=0", "sampling.top_p", "greater than 0"),
+        ("cache.policy=infinite", "cache.policy", "full"),
+        ("lookahead=3", "lookahead", "dictionary"),
+        ("model.path.x=[1", "model.path.x", "YAML"),
+        ("just-words", "--set", "key.path=value"),
+    ],
+)
+def test_errors_name_the_field_and_the_remedy(override, field, words):
+    overrides = [override, "scheduler.max_rows=300"] if "max_sequences" in override else [override]
+    with pytest.raises(ConfigError) as error:
+        Config.load(None, overrides)
+    assert error.value.field == field
+    assert words in str(error.value) and error.value.remedy
+
+
+def test_files_that_are_no_config_are_refused(tmp_path):
+    for text, words in (("a: [", "not YAML"), ("- 1", "mapping")):
+        file = tmp_path / "bad.yaml"
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            Config.load(file)
+    with pytest.raises(ConfigError, match="No such file"):
+        Config.load(tmp_path / "none.yaml")
+
+
+def test_a_window_must_fit_into_a_step():
+    with pytest.raises(ConfigError, match="scheduler.max_rows"):
+        Config.load(None, ["lookahead.window_size=200", "lookahead.ngram_size=4"])
+    narrow = LookaheadConfig(window_size=1, ngram_size=16)
+    assert narrow.window_rows == 64  # a narrow, tall window needs more rows while it fills than W*(N-1) = 15
+    assert LookaheadConfig(window_size=15, ngram_size=5).window_rows == 60
+    assert LookaheadConfig(sources=("suffix",)).window_rows == 1
+
+
+def test_a_request_overrides_what_it_names():
+    defaults = SamplingParams(max_new_tokens=5, temperature=0.3)
+    assert defaults.merged({"temperature": 0.0}) == SamplingParams(max_new_tokens=5)
+    with pytest.raises(InvalidRequestError, match=r"sampling.max_new_tokens = 0"):
+        defaults.merged({"max_new_tokens": 0}, "sampling.")
+    with pytest.raises(InvalidRequestError, match="unknown key"):
+        LookaheadConfig().merged({"windw": 1})
+
+
+def test_configs_are_frozen():
+    config = Config()
+    with pytest.raises(ValidationError):
+        config.parallel.lp = 3  # type: ignore[misc]
+    yaml.safe_dump(config.model_dump(mode="json"))
