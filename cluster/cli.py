@@ -201,7 +201,8 @@ def _backend(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit codes: 1 something failed, 2 something was asked for that cannot be."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started is ended
+    if arguments is None:  # as a program of its own, signals are its to handle
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started is ended
     try:
         app(args=arguments)
     except OutriderError as error:

@@ -19,8 +19,12 @@ class ServerThread:
         self._thread = threading.Thread(target=self._events.run_forever, name="test-server")
         self._thread.start()
         self._server = GenerationServer(engine, engine.config)
-        self.address: str = self.run(self._server.start())
         self._stopped = False
+        try:
+            self.address: str = self.run(self._server.start())
+        except BaseException:
+            self._end_thread()
+            raise
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._events).result(timeout=60)
@@ -35,6 +39,9 @@ class ServerThread:
 
     def close(self) -> None:
         self.stop()
+        self._end_thread()
+
+    def _end_thread(self) -> None:
         self._events.call_soon_threadsafe(self._events.stop)
         self._thread.join(30)
         self._events.close()

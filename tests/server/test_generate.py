@@ -133,7 +133,7 @@ def test_text_messages_and_ids_are_the_same_prompt(client: Client, engine: Engin
         ({"token_ids": [-1]}, "token_ids"),
         ({"prompt": "a" * 600}, "prompt"),
         ({"prompt": "a", "sampling": {"max_new_tokens": 0}}, "sampling.max_new_tokens"),
-        ({"prompt": "a", "sampling": {"stop_token_ids": [262]}}, "stop_token_ids"),
+        ({"prompt": "a", "sampling": {"stop_token_ids": [262]}}, "sampling.stop_token_ids"),
         ({"prompt": "a", "lookahead": {"window_size": 256, "ngram_size": 16}}, "lookahead.window_size"),
     ],
 )
