@@ -9,10 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where one step's t rows of a sequence go, and the L + t tokens they may see: views, one per layer."""
+
+    rows: tuple[torch.Tensor, ...]
+    """[2, num_kv_heads, t, head_dim] each: keys and values, to be written."""
+    keys: tuple[torch.Tensor, ...]
+    """[num_kv_heads, head_dim, L + t] each: transposed, as the scores want them."""
+    values: tuple[torch.Tensor, ...]
+    """[num_kv_heads, L + t, head_dim] each."""
 
 
 class KVCache:
@@ -48,31 +61,25 @@ class KVCache:
             raise ConfigError("cache.capacity", capacity, problem, "Lower it or scheduler.max_sequences.") from error
         self.lengths = [0] * num_slots
         """Committed tokens per slot."""
-        # Views are made once: taking them apart anew would cost more than the copies of a small step.
-        self._views = [[tuple(layer.unbind(0)) for layer in slot.unbind(0)] for slot in self.buffer.unbind(0)]
 
     @property
     def dtype(self) -> torch.dtype:
         return self.buffer.dtype
 
     @property
+    def num_kv_heads(self) -> int:
+        return self.buffer.shape[3]
+
+    @property
     def device(self) -> torch.device:
         return self.buffer.device
 
-    def stage(
-        self, layer: int, slot: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the rows of a step, [T, num_kv_heads, head_dim] each, behind the committed tokens.
-
-        Returns views [num_kv_heads, length + T, head_dim] of all keys and all values the step may see.
-        """
+    def stage(self, slot: int, count: int) -> Stage:
+        """Room for `count` rows behind the committed tokens, for all layers at once."""
+        assert count <= self.max_staged, f"{count} rows staged, room for {self.max_staged}"
         start = self.lengths[slot]
-        stop = start + len(keys)
-        assert len(keys) <= self.max_staged, f"{len(keys)} rows staged, room for {self.max_staged}"
-        all_keys, all_values = self._views[slot][layer]
-        all_keys[:, start:stop].copy_(keys.transpose(0, 1))
-        all_values[:, start:stop].copy_(values.transpose(0, 1))
-        return all_keys[:, :stop], all_values[:, :stop]
+        seen = self.buffer[slot, ..., : start + count, :]
+        return Stage(seen[..., start:, :].unbind(0), seen[:, 0].mT.unbind(0), seen[:, 1].unbind(0))
 
     def commit(self, slot: int, staged: Sequence[int]) -> None:
         """Make the staged rows with these indices (ascending) the next tokens of the sequence."""

@@ -12,17 +12,21 @@ the cache as [K, L + t, d], the step's own rows last, so a mask is needed only f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from runtime.cache import KVCache
+from runtime.model.layers import at_least_float32
 
 Ints = NDArray[np.integer]
 Bias = tuple[int, torch.Tensor]
 """(first column, additive mask [t, columns from there to the end])"""
+
+Masked = tuple[torch.Tensor, torch.Tensor]
+"""(view [K, G, t, columns] of the scores, additive mask [t, columns])"""
 
 
 @dataclass
@@ -38,15 +42,9 @@ class Segment:
     sees: NDArray[np.bool_]  # [t, t]: row i sees row j of the step
     dtype: torch.dtype
     device: torch.device
-    _biases: dict[int | None, Bias | None] = field(default_factory=dict)
 
     def bias(self, window: int | None) -> Bias | None:
         """Additive mask for layers with this sliding window; None if every row sees every key."""
-        if window not in self._biases:
-            self._biases[window] = self._make_bias(window)
-        return self._biases[window]
-
-    def _make_bias(self, window: int | None) -> Bias | None:
         first, sees = self.cached, self.sees
         if window is not None and int(self.positions.max()) - window >= 0:
             first = 0
@@ -111,44 +109,86 @@ def ancestry(parents: Ints) -> NDArray[np.bool_]:
     return sees
 
 
-def attend(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    batch: RowBatch,
-    cache: KVCache,
-    layer: int,
-    window: int | None,
-) -> torch.Tensor:
-    """Stage `keys` and `values` [T, K, d] of one layer, and attend with `queries` [T, H, d].
+class StepAttention:
+    """The attention of a step's rows, layer by layer.
+
+    A small step costs as many operations as it has, however small they are. So what layers have in
+    common is made once per step: rotation factors, masks, scratch memory, views into the cache.
+    """
+
+    def __init__(self, batch: RowBatch, cache: KVCache, turns: torch.Tensor, num_heads: int) -> None:
+        """`turns` [T, d/2] are the rows' complex rotation factors."""
+        num_rows, half = turns.shape
+        num_kv = cache.num_kv_heads
+        parts = (turns * (2 * half) ** -0.5, num_heads), (turns, num_kv), (torch.ones_like(turns), num_kv)
+        factors = torch.cat([part[:, None].expand(-1, count, -1) for part, count in parts], dim=1)
+        self.wide = at_least_float32(cache.dtype)
+        factors = factors.to(self.wide.to_complex())
+        self.pairs_shape = (*factors.shape, 2)
+        self.counts = [segment.stop - segment.start for segment in batch.segments]
+        out = torch.empty(num_rows, num_heads, 2 * half, dtype=cache.dtype, device=cache.device)
+        self.out = out.view(num_rows, -1)
+        self.segments = [
+            _SegmentAttention(segment, cache, *parts)
+            for segment, *parts in zip(batch.segments, factors.split(self.counts), out.split(self.counts), strict=True)
+        ]
+
+    def __call__(self, qkv: torch.Tensor, layer: int, window: int | None) -> torch.Tensor:
+        """Stage the keys and values in `qkv` [T, (H + 2K) * d], and attend. Returns [T, H * d], until the next call."""
+        if qkv.dtype != self.wide:
+            qkv = qkv.to(self.wide)
+        pairs = torch.view_as_complex(qkv.view(self.pairs_shape))
+        for segment, rows in zip(self.segments, pairs.split_with_sizes(self.counts), strict=True):
+            segment(rows, layer, window)
+        return self.out
+
+
+class _SegmentAttention:
+    """The attention of one sequence's rows, with its scratch memory.
 
     Two matrix products over the KV heads instead of a fused kernel, so that a row's result does not
-    depend on how many rows stand beside it. Returns [T, H * d].
+    depend on how many rows stand beside it.
     """
-    num_rows, num_heads, head_dim = queries.shape
-    num_kv = keys.shape[1]
-    group = num_heads // num_kv
-    out = torch.empty_like(queries, memory_format=torch.contiguous_format)
-    for segment in batch.segments:
-        part = slice(segment.start, segment.stop)
-        count = segment.stop - segment.start
-        seen_keys, seen_values = cache.stage(layer, segment.slot, keys[part], values[part])
-        # [t, K, G, d] -> [K, G * t, d]; scaled while it is copied
-        query = torch.empty(num_kv, group, count, head_dim, dtype=queries.dtype, device=queries.device)
-        torch.mul(queries[part].view(count, num_kv, group, head_dim).permute(1, 2, 0, 3), head_dim**-0.5, out=query)
-        scores = torch.bmm(query.view(num_kv, group * count, head_dim), seen_keys.transpose(1, 2))
-        bias = segment.bias(window)
-        if bias is not None:
-            first, mask = bias
-            scores.view(num_kv, group, count, -1)[..., first:].add_(mask)
-        weights = torch.softmax(scores, dim=-1, dtype=softmax_dtype(scores.dtype)).to(scores.dtype)
-        mixed = torch.bmm(weights, seen_values)
-        out[part].view(count, num_kv, group, head_dim).copy_(
-            mixed.view(num_kv, group, count, head_dim).permute(2, 0, 1, 3)
-        )
-    return out.view(num_rows, num_heads * head_dim)
 
+    def __init__(self, segment: Segment, cache: KVCache, factors: torch.Tensor, out: torch.Tensor) -> None:
+        """`factors` [t, H + 2K, d/2], what queries, keys and values are multiplied by; `out` [t, H, d] is filled."""
+        count, num_heads, head_dim = out.shape
+        num_kv = cache.num_kv_heads
+        self.segment = segment
+        self.factors = factors
+        self.stage = cache.stage(segment.slot, count)
+        turned = torch.empty_like(factors.transpose(0, 1), memory_format=torch.contiguous_format)
+        self.turned = turned.transpose(0, 1)
+        self.turned_heads = torch.view_as_real(turned).flatten(-2)  # [H + 2K, t, d]
+        self.heads = self.turned_heads.to(cache.dtype)  # the same memory, unless the dtype is a narrow one
+        self.queries = self.heads[:num_heads].view(num_kv, -1, head_dim)  # [K, G * t, d]
+        self.keys_values = self.heads[num_heads:].view(2, num_kv, count, head_dim)
+        self.scores = out.new_empty(*self.queries.shape[:2], segment.cached + count)
+        self.weights = torch.empty_like(self.scores)
+        self.mixed = torch.empty_like(self.queries)
+        self.mixed_heads = self.mixed.view(num_heads, count, head_dim)
+        self.out = out.transpose(0, 1)
+        self.masked: dict[int | None, Masked | None] = {}
 
-def softmax_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half-precision scores are normalised in float32."""
-    return dtype if dtype == torch.float64 else torch.float32
+    def __call__(self, pairs: torch.Tensor, layer: int, window: int | None) -> None:
+        """`pairs` [t, H + 2K, d/2]: queries, keys and values of one layer."""
+        torch.mul(pairs, self.factors, out=self.turned)
+        if self.heads is not self.turned_heads:
+            self.heads.copy_(self.turned_heads)
+        self.stage.rows[layer].copy_(self.keys_values)
+        torch.bmm(self.queries, self.stage.keys[layer], out=self.scores)
+        if window not in self.masked:
+            self.masked[window] = self._mask(window)
+        if masked := self.masked[window]:
+            scores, bias = masked
+            scores.add_(bias)
+        torch.softmax(self.scores, dim=-1, out=self.weights)
+        torch.bmm(self.weights, self.stage.values[layer], out=self.mixed)
+        self.out.copy_(self.mixed_heads)
+
+    def _mask(self, window: int | None) -> Masked | None:
+        bias = self.segment.bias(window)
+        if bias is None:
+            return None
+        first, mask = bias
+        return self.scores.unflatten(1, (-1, len(mask)))[..., first:], mask

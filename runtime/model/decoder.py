@@ -8,9 +8,9 @@ import torch
 
 from runtime.cache import KVCache
 from runtime.mesh import Mesh
-from runtime.model.attention import RowBatch, attend
+from runtime.model.attention import RowBatch, StepAttention
 from runtime.model.layers import GatedMLP, Linear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
-from runtime.model.rotary import Rotary, Tables, rotate
+from runtime.model.rotary import Rotary
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 
@@ -56,9 +56,14 @@ class Decoder:
         The final norm is part of `logits`, so that rows whose logits nobody wants are spared it.
         """
         hidden = self.embedding(batch.tokens)
-        tables = self.rotary.tables(batch.positions, batch.rope_lengths)
+        turns = self.rotary.turns(batch.positions, batch.rope_lengths)
+        attend = StepAttention(batch, cache, turns, self.heads.num_heads)
         for index, layer in enumerate(self.layers):
-            hidden += self._attention(layer, index, layer.attention_norm(hidden), tables, batch, cache)
+            qkv = layer.qkv(layer.attention_norm(hidden))
+            if layer.head_norm is not None:
+                to_rotate = qkv.view(len(qkv), -1, self.spec.head_dim)[:, : -self.num_kv_heads]
+                to_rotate.copy_(layer.head_norm(to_rotate))
+            hidden += layer.output(attend(qkv, index, layer.window))
             hidden += layer.mlp(layer.mlp_norm(hidden))
         return hidden
 
@@ -70,14 +75,3 @@ class Decoder:
         """
         logits = self.head(self.norm(hidden))
         return logits if self.dtype == torch.float64 else logits.float()
-
-    def _attention(
-        self, layer: DecoderLayer, index: int, x: torch.Tensor, tables: Tables, batch: RowBatch, cache: KVCache
-    ) -> torch.Tensor:
-        num_heads, num_kv = self.heads.num_heads, self.heads.num_kv_heads
-        qkv = layer.qkv(x).view(len(x), num_heads + 2 * num_kv, -1)
-        to_rotate, values = qkv.split([num_heads + num_kv, num_kv], dim=1)
-        if layer.head_norm is not None:
-            to_rotate = layer.head_norm(to_rotate)
-        queries, keys = rotate(to_rotate, tables).split([num_heads, num_kv], dim=1)
-        return layer.output(attend(queries, keys, values, batch, cache, index, layer.window))

@@ -11,7 +11,7 @@ from runtime.errors import ConfigError
 from runtime.mesh import Mesh
 from runtime.model.decoder import Decoder, DecoderLayer
 from runtime.model.layers import GatedMLP, Linear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
-from runtime.model.rotary import Rotary
+from runtime.model.rotary import Rotary, pairs_adjacent
 from runtime.model.shard import HeadShard, split
 from runtime.model.spec import ModelSpec, architecture_name
 from runtime.model.weights import Checkpoint
@@ -107,7 +107,7 @@ def load_decoder(directory: Path, spec: ModelSpec, mesh: Mesh, dtype: torch.dtyp
             layers=tuple(builder.layer(index) for index in range(spec.num_layers)),
             norm=RMSNorm(checkpoint.rows("model.norm.weight", (spec.hidden_size,)), spec.rms_eps),
             head=Linear(head),
-            rotary=Rotary(spec.rope, dtype, mesh.device),
+            rotary=Rotary(spec.rope, mesh.device),
         )
 
 
@@ -145,7 +145,7 @@ class _LayerBuilder:
                 self.checkpoint.rows(f"{name}.{part}.{kind}", (count * dim, *tail), start * dim, stop * dim)
                 for part, count, start, stop in ranges
             )
-            return torch.cat([self._padded(query, axis=0), key, value])
+            return torch.cat([self._padded(self._paired(query), axis=0), self._paired(key), value])
 
         return Linear(fused("weight", (spec.hidden_size,)), fused("bias", ()) if spec.qkv_bias else None)
 
@@ -155,6 +155,11 @@ class _LayerBuilder:
         weight = self.checkpoint.columns(f"{name}.weight", shape, heads.query_start * dim, heads.query_stop * dim)
         bias = self.checkpoint.rows(f"{name}.bias", (spec.hidden_size,)) if spec.o_bias else None
         return RowParallelLinear(self._padded(weight, axis=1), bias, self.mesh)
+
+    def _paired(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Whole heads along the first axis, their features in the order that rotation wants."""
+        features = torch.arange(len(tensor), device=tensor.device).view(-1, self.spec.head_dim)
+        return tensor[pairs_adjacent(features).flatten()]
 
     def _padded(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """Spread the heads along `axis` over the rectangle of HeadShard, zeros between them."""
@@ -170,7 +175,7 @@ class _LayerBuilder:
         query = self.checkpoint.rows(f"{name}.q_norm.weight", (self.spec.head_dim,))
         key = self.checkpoint.rows(f"{name}.k_norm.weight", (self.spec.head_dim,))
         weight = torch.cat([query.expand(self.heads.num_heads, -1), key.expand(self.heads.num_kv_heads, -1)])
-        return RMSNorm(weight, self.spec.rms_eps)
+        return RMSNorm(pairs_adjacent(weight), self.spec.rms_eps)
 
     def _mlp(self, name: str) -> GatedMLP:
         spec = self.spec

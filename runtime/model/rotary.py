@@ -1,7 +1,9 @@
 """Rotary position embedding, angles computed in float64.
 
-At a few million tokens float32 angles are off by a quarter radian; the tables of a step are tiny, so
-the wider type costs nothing.
+Features of a pair stand side by side, so that one complex product turns all heads at once. (Its last
+bits do not depend on the number of rows if d/2 is a multiple of 8, the vector kernel's stride.) At a few
+million tokens float32 angles are off by a quarter radian; the factors of a step are few, so the wider
+type costs nothing.
 """
 
 from __future__ import annotations
@@ -10,22 +12,16 @@ import torch
 
 from runtime.model.spec import RopeSpec
 
-Tables = tuple[torch.Tensor, torch.Tensor]
-"""cos and signed sin, [T, 1, d] each."""
-
 
 class Rotary:
-    def __init__(self, rope: RopeSpec, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, rope: RopeSpec, device: torch.device) -> None:
         self.rope = rope
-        self.dtype = dtype
         self.inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float64, device=device)  # [d / 2]
 
-    def tables(self, positions: torch.Tensor, lengths: torch.Tensor) -> Tables:
-        """Tables for rows at `positions` [T] of sequences whose prompts have `lengths` [T] tokens."""
+    def turns(self, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Complex [T, d / 2] for rows at `positions` [T] of sequences whose prompts have `lengths` [T] tokens."""
         angles = positions.double()[:, None] * self._inv_freq(positions, lengths)
-        cos = (angles.cos() * self.rope.attention_scaling).to(self.dtype)
-        sin = (angles.sin() * self.rope.attention_scaling).to(self.dtype)
-        return torch.cat([cos, cos], dim=-1)[:, None], torch.cat([-sin, sin], dim=-1)[:, None]
+        return torch.polar(torch.full_like(angles, self.rope.attention_scaling), angles)
 
     def _inv_freq(self, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """[1 or T, d / 2].
@@ -46,7 +42,9 @@ class Rotary:
         return torch.where(seq_len[:, None] > dynamic.max_positions, scaled, self.inv_freq)
 
 
-def rotate(x: torch.Tensor, tables: Tables) -> torch.Tensor:
-    """Rotate heads x [T, heads, d] whose pairs are (i, i + d/2), as Hugging Face checkpoints have them."""
-    cos, sin = tables
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+def pairs_adjacent(heads: torch.Tensor) -> torch.Tensor:
+    """Reorder heads [..., d] whose pairs are (i, i + d/2), as Hugging Face has them, to pairs (2i, 2i + 1).
+
+    Done to the weights of queries and keys alike, it leaves their products as they were.
+    """
+    return heads.unflatten(-1, (2, -1)).mT.flatten(-2)

@@ -18,8 +18,9 @@ def make_cache(num_slots: int = 2, capacity: int = 10, max_staged: int = 6) -> K
 
 def stage_all(cache: KVCache, slot: int, rows: torch.Tensor) -> None:
     """rows [T, LAYERS, 2, HEADS, DIM]"""
+    stage = cache.stage(slot, len(rows))
     for layer in range(LAYERS):
-        cache.stage(layer, slot, rows[:, layer, 0], rows[:, layer, 1])
+        stage.rows[layer].copy_(rows[:, layer].permute(1, 2, 0, 3))
 
 
 def committed(cache: KVCache, slot: int) -> torch.Tensor:
@@ -31,16 +32,18 @@ def random_rows(count: int) -> torch.Tensor:
     return torch.randn(count, LAYERS, 2, HEADS, DIM)
 
 
-def test_stage_returns_committed_then_staged_rows() -> None:
+def test_stage_shows_committed_then_staged_rows() -> None:
     torch.manual_seed(0)
     cache = make_cache()
     first, second = random_rows(3), random_rows(2)
     stage_all(cache, 1, first)
     cache.commit(1, range(3))
-    keys, values = cache.stage(2, 1, second[:, 2, 0], second[:, 2, 1])
-    both = torch.cat([first, second])[:, 2]
-    assert torch.equal(keys, both[:, 0].transpose(0, 1))
-    assert torch.equal(values, both[:, 1].transpose(0, 1))
+    stage_all(cache, 1, second)
+    stage = cache.stage(1, 2)
+    both = torch.cat([first, second])
+    for layer in range(LAYERS):
+        assert torch.equal(stage.keys[layer], both[:, layer, 0].permute(1, 2, 0))
+        assert torch.equal(stage.values[layer], both[:, layer, 1].transpose(0, 1))
     assert cache.lengths == [0, 3]
 
 
@@ -99,15 +102,15 @@ def test_reset_empties_one_slot() -> None:
     cache.reset(0)
     assert cache.lengths == [0, 2]
     rows = random_rows(1)
-    keys, _ = cache.stage(0, 0, rows[:, 0, 0], rows[:, 0, 1])
-    assert torch.equal(keys, rows[:, 0, 0].transpose(0, 1))
+    stage_all(cache, 0, rows)
+    assert torch.equal(cache.stage(0, 1).values[0], rows[:, 0, 1].transpose(0, 1))
 
 
 def test_capacity_costs_no_memory_before_it_is_used() -> None:
     before = psutil.Process().memory_info().rss
     cache = KVCache(8, 30, 3, 64, 8192, 512, torch.float32, torch.device("cpu"))  # 3.2 GB of addresses
-    rows = torch.ones(4, 3, 64)
-    cache.stage(0, 0, rows, rows)
+    for rows in cache.stage(0, 4).rows:
+        rows.fill_(1)
     assert psutil.Process().memory_info().rss - before < 64 << 20
 
 

@@ -13,7 +13,7 @@ from runtime.cache import KVCache
 from runtime.mesh import Mesh
 from runtime.model.attention import RowBatch, ancestry
 from runtime.model.layers import Linear, RMSNorm, VocabParallelEmbedding, activate
-from runtime.model.rotary import Rotary, rotate
+from runtime.model.rotary import Rotary, pairs_adjacent
 from runtime.model.shard import HeadShard, split
 from runtime.model.spec import ACTIVATIONS, RopeSpec
 
@@ -135,14 +135,18 @@ def test_rotation_keeps_distances_at_millions_of_tokens() -> None:
     """q.k depends on the distance alone; with float32 angles it would not at this length."""
     torch.manual_seed(0)
     rope = RopeSpec(tuple(1e4 ** (-i / 32) for i in range(32)))
-    rotary = Rotary(rope, torch.float32, torch.device("cpu"))
-    query, key = torch.randn(1, 1, 64), torch.randn(1, 1, 64)
+    rotary = Rotary(rope, torch.device("cpu"))
+    heads = torch.randn(2, 32, dtype=torch.complex64)
 
     def score(position: int, distance: int) -> float:
         where = torch.tensor([position, position - distance])
-        tables = rotary.tables(where, torch.zeros_like(where))
-        both = rotate(torch.cat([query, key]), tables)
-        return (both[0] * both[1]).sum().item()
+        query, key = torch.view_as_real(heads * rotary.turns(where, torch.zeros_like(where)).to(torch.complex64))
+        return (query * key).sum().item()
 
     for distance in (0, 1, 77):
         assert score(4_000_077, distance) == pytest.approx(score(distance, distance), abs=1e-4)
+
+
+def test_rotated_pairs_come_to_stand_side_by_side() -> None:
+    assert pairs_adjacent(torch.arange(6)).tolist() == [0, 3, 1, 4, 2, 5]
+    assert pairs_adjacent(torch.arange(8).view(2, 4)).tolist() == [[0, 2, 1, 3], [4, 6, 5, 7]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from runtime.mesh import Mesh
-from runtime.model.loader import load_decoder, load_spec
+from runtime.model.loader import load_decoder, load_spec, resolve_model
 from tests.zoo import TRAINED, VARIANTS, Runner, make_model, some_tokens
 
 TOLERANCE = 1e-4
@@ -131,3 +131,25 @@ def test_float64_agrees_with_float32(tmp_path: Path) -> None:
     logits = Runner(decoder).rows(tokens)
     assert logits.dtype == torch.float64
     assert difference(logits.float(), reference(model, tokens)) < TOLERANCE
+
+
+def test_embedded_model_rows_are_bit_identical_in_steps_of_any_size() -> None:
+    """A chain decoded one row at a time, each row run as two, and as the first branch of trees of 5, 17 and 64 rows."""
+    directory = resolve_model(None)
+    decoder = load_decoder(directory, load_spec(directory), Mesh(), torch.float32)
+    prompt, chain = some_tokens(40, seed=1), some_tokens(64, seed=2)
+    runner = Runner(decoder)
+    runner.extend(prompt)
+    singles = []
+    for token in chain:
+        singles.append(runner.rows([token, token], parents=[-1, -1])[0])
+        runner.cache.commit(0, [0])
+    rng = np.random.default_rng(3)
+    for count in (5, 17, 64):
+        for depth in (3, count):
+            runner = Runner(decoder)
+            runner.extend(prompt)
+            parents = [*range(-1, depth - 1), *(int(rng.integers(-1, row)) for row in range(depth, count))]
+            rows = runner.rows(chain[:depth] + some_tokens(count - depth, seed=4), parents)
+            for row in range(depth):
+                assert torch.equal(rows[row], singles[row]), f"row {row} of {depth} in a step of {count}"
