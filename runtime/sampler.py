@@ -31,9 +31,9 @@ def choose_tokens(
     """
     temperature = sequences[:, Seq.TEMPERATURE].view(np.float32)
     sampled = np.flatnonzero((rows[:, Row.CHOOSE] == Choose.SAMPLE) & (temperature > 0))
-    if not len(sampled):
-        return _argmax(logits, mesh, vocab_range)
     chosen = _argmax(logits, mesh, vocab_range)
+    if not len(sampled):
+        return chosen
     index = torch.from_numpy(sampled).to(logits.device)
     scores = _scores(logits[index], rows[sampled], sequences[sampled], mesh, vocab_range)
     chosen[index] = _argmax(scores, mesh, vocab_range)

@@ -38,7 +38,7 @@ class Worker:
         self.cache = KVCache(
             num_slots=config.scheduler.max_sequences,
             num_layers=spec.num_layers,
-            num_kv_heads=self.decoder.heads.num_kv_heads,
+            num_kv_heads=self.decoder.num_kv_heads,
             capacity=config.cache.slot_capacity(spec.max_positions),
             max_staged=config.scheduler.max_rows,
             head_dim=spec.head_dim,
