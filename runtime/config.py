@@ -94,14 +94,129 @@ class LookaheadConfig(Section):
 
 
 class CacheConfig(Section):
-    policy: Literal["full"] = "full"
-    """full keeps every token; the request ends with `length` when its slot is full."""
+    """What a sequence keeps: one of three policies, sharded over the tensor-parallel ranks by KV head.
+
+    Each policy has settings of its own; those of another are refused. Their defaults are filled in, so a
+    validated config has a value for every setting of its policy, and null for the others.
+    """
+
+    policy: Literal["full", "sink", "sep"] = "full"
+    """full keeps every token, and the request ends with `length` when its slot is full. sink (StreamingLLM, Xiao et
+    al., 2023) keeps initial tokens and a recent window. sep (SepLLM, Chen et al., 2024) keeps separators, too."""
     capacity: int | None = Field(default=None, ge=16)
-    """Tokens per sequence; null is the model's trained length, at most 8192."""
+    """full, sep fundamental: most tokens kept per sequence; null is the model's trained length, at most 8192.
+    sep streaming: c, most tokens stored; when they are reached, the past window is compacted (800)."""
+    positions: Literal["slot", "original"] | None = None
+    """slot: a token's position is its place in the cache, which never exceeds the cache's size (the default of sink and
+    sep streaming). original: its place in the text, which soon exceeds the trained length."""
+    evict: Literal["token", "turn"] | None = None
+    """sink, sep streaming. token: as each new token demands it. turn: only before a turn, to make room for the whole of
+    it, as StreamingLLM's demo does."""
+    num_sinks: int | None = Field(default=None, ge=0)
+    """sink: initial tokens kept for ever (4)."""
+    window: int | None = Field(default=None, ge=8)
+    """sink: recent tokens seen, the current one included (1020)."""
+    design: Literal["fundamental", "streaming"] | None = None
+    """sep. fundamental keeps every separator (section 3.1 of the paper); streaming the newest (section 3.3)."""
+    num_initial: int | None = Field(default=None, ge=0)
+    """sep: a, initial tokens kept for ever (4)."""
+    separators: Literal["paper"] | tuple[int, ...] | tuple[str, ...] | None = None
+    """sep: the tokens that separate segments, as texts of single tokens or as ids; `paper` is . , ? ! ; : space, tab
+    and newline."""
+    merged_separators: bool | None = None
+    """sep: tokens made of nothing but separators' characters (".\\n", " ,") are separators, too (false)."""
+    num_neighbors: int | None = Field(default=None, ge=8)
+    """sep fundamental: n, recent tokens seen, the current one included (256)."""
+    full_layers: tuple[int, ...] | None = None
+    """sep fundamental: layers that keep every token, negative ones counted from the last: [0] is the paper's H,
+    [-1] its T, [0, -1] its H/T. With any, `capacity` bounds the whole sequence."""
+    max_separators: int | None = Field(default=None, ge=0)
+    """sep streaming: s, most separators kept besides those in the recent run (64)."""
+    local: int | None = Field(default=None, ge=8)
+    """sep streaming: w, recent tokens that a compaction keeps (256)."""
+    compact_at: Literal["before", "after"] | None = None
+    """sep streaming: compact once c tokens are stored, before the next one's attention (the paper), or after the
+    attention of one that came on top of them (the reference code)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_policy(cls, given: Any) -> Any:
+        """Fill in the policy's defaults, and refuse what belongs to another."""
+        if not isinstance(given, Mapping):
+            return given
+        policy = given.get("policy", "full")
+        design = (given.get("design") or "fundamental") if policy == "sep" else None
+        defaults = _CACHE_DEFAULTS.get((policy, design))
+        if defaults is None:
+            return given  # not a policy or design: the field's own check says so
+        for key, value in given.items():
+            if key in cls.model_fields and key != "policy" and key not in defaults and value is not None:
+                owners = [" ".join(filter(None, kind)) for kind, settings in _CACHE_DEFAULTS.items() if key in settings]
+                kind = " ".join(filter(None, (policy, design)))
+                raise ValueError(f"{key}: means nothing to {kind}; leave it out, or choose {' or '.join(owners)}")
+        return {**defaults, **{key: value for key, value in given.items() if value is not None}}
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.design == "fundamental" and self.positions == "slot":
+            raise ValueError(
+                "positions: the fundamental design has original ones; leave it out, or set design to streaming"
+            )
+        if self.design == "streaming":
+            assert self.num_initial is not None and self.max_separators is not None and self.local is not None
+            assert self.capacity is not None
+            least = self.num_initial + self.max_separators + self.local
+            if self.capacity <= least:
+                raise ValueError(
+                    f"capacity: {self.capacity} is not more than num_initial + max_separators + local = {least}; "
+                    "raise it, or lower one of them"
+                )
+        if self.full_layers is not None and len(set(self.full_layers)) != len(self.full_layers):
+            raise ValueError("full_layers: each layer once; remove the repeated one")
+        return self
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a sequence ends when its slot is full; else it may go on for ever."""
+        return self.policy == "full" or self.design == "fundamental"
+
+    @property
+    def size(self) -> int | None:
+        """Most tokens that one may see, itself included, where the policy sets that; null for bounded ones."""
+        if self.policy == "sink":
+            assert self.num_sinks is not None and self.window is not None
+            return self.num_sinks + self.window
+        return self.capacity if self.design == "streaming" else None
 
     def slot_capacity(self, max_positions: int) -> int:
-        """Tokens one cache slot holds for a model trained on `max_positions`."""
-        return self.capacity or min(max_positions, 8192)
+        """Tokens one slot keeps for a model trained on `max_positions`."""
+        return self.size or self.capacity or min(max_positions, 8192)
+
+
+_SEP_DEFAULTS: dict[str, Any] = {"num_initial": 4, "separators": "paper", "merged_separators": False}
+_CACHE_DEFAULTS: dict[tuple[str, str | None], dict[str, Any]] = {
+    ("full", None): {"capacity": None, "positions": "original"},
+    ("sink", None): {"num_sinks": 4, "window": 1020, "positions": "slot", "evict": "token"},
+    ("sep", "fundamental"): _SEP_DEFAULTS
+    | {
+        "design": "fundamental",
+        "num_neighbors": 256,
+        "capacity": None,
+        "full_layers": (),
+        "positions": "original",
+    },
+    ("sep", "streaming"): _SEP_DEFAULTS
+    | {
+        "design": "streaming",
+        "max_separators": 64,
+        "local": 256,
+        "capacity": 800,
+        "positions": "slot",
+        "compact_at": "before",
+        "evict": "token",
+    },
+}
+"""The settings of each (policy, design), with their defaults."""
 
 
 class SchedulerConfig(Section):
@@ -111,6 +226,13 @@ class SchedulerConfig(Section):
     """Most rows in one step over all sequences, prefill included."""
     max_waiting: int = Field(default=1024, ge=0)
     """Requests that may wait for a slot; one more is refused (RESOURCE_EXHAUSTED)."""
+    max_sessions: int | None = Field(default=None, ge=1)
+    """Conversations that may hold a slot between their turns; null is one fewer than max_sequences, but at least 1."""
+
+    @property
+    def session_limit(self) -> int:
+        """`max_sessions`, its default filled in."""
+        return self.max_sessions or max(1, self.max_sequences - 1)
 
 
 class SamplingParams(Section):
@@ -136,6 +258,8 @@ class ServerConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65535)
     """0 lets the system choose; the chosen port is printed."""
+    session_idle_timeout_s: float = Field(default=600.0, gt=0)
+    """How long a conversation may hold its slot without a turn."""
 
 
 class RayConfig(Section):

@@ -10,15 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from runtime.config import Config, LookaheadConfig, SamplingParams
 from runtime.errors import InvalidRequestError
 from runtime.executor import Executor, LocalExecutor, MeshExecutor, WorkerPool
-from runtime.lookahead.sequence import Sequence as RunningSequence
 from runtime.model.loader import load_spec, resolve_model
+from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.pool import ProcessPool
-from runtime.request import Completion, FinishReason, Request, StepOutput
+from runtime.request import CacheReport, Completion, FinishReason, Request, StepOutput, Usage
+from runtime.retention import layer_groups, with_separator_ids
 from runtime.scheduler import Scheduler, Step
+from runtime.session import Session
 from runtime.step import StepPlan
 from runtime.tokenizer import Tokenizer
 
@@ -47,9 +51,9 @@ class Engine:
         self.config, self.spec, self.tokenizer = config, spec, tokenizer
         self.stats = EngineStats()
         self.capacity = config.cache.slot_capacity(spec.max_positions)
-        """Tokens one request may hold, prompt and output together."""
+        """Tokens one slot keeps; under policy full, prompt and output together."""
         self._executor = executor
-        self._scheduler = Scheduler(config)
+        self._scheduler = Scheduler(config, spec)
         self._aborted: set[str] = set()
         self._ids = itertools.count()
 
@@ -67,12 +71,15 @@ class Engine:
         directory = resolve_model(config.model.path)
         spec = load_spec(directory)
         spec.check_tp(config.parallel.tp)
+        spec.check_cache(config.cache)
+        tokenizer = Tokenizer(directory)
+        config = config.model_copy(update={"cache": with_separator_ids(config.cache, tokenizer)})
         executor: Executor
         if pool is None and config.parallel.num_workers == 1:
             executor = LocalExecutor(config, spec)
         else:
             executor = MeshExecutor(config, spec, pool or ProcessPool())
-        return cls(config, spec, Tokenizer(directory), executor)
+        return cls(config, spec, tokenizer, executor)
 
     # Requests
 
@@ -82,16 +89,28 @@ class Engine:
         sampling: SamplingParams | None = None,
         lookahead: LookaheadConfig | None = None,
         request_id: str | None = None,
+        session: Session | None = None,
     ) -> Request:
-        """Tokenise a prompt; parameters not given are the run's defaults. Raises InvalidRequestError."""
+        """Tokenise a prompt; parameters not given are the run's defaults. Raises InvalidRequestError.
+
+        With a `session`, the request is its next turn, and the prompt what the turn appends. Safe from any thread.
+        """
+        goes_on = session is not None and session.num_turns > 0
         if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
+            ids = self.tokenizer.encode(prompt, add_special_tokens=not goes_on)
         elif prompt and isinstance(prompt[0], Mapping):
-            ids = self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+            messages: Sequence[Mapping[str, str]] = prompt  # type: ignore[assignment]
+            after = session.last_token if session is not None else None
+            ids = self.tokenizer.encode_turn(messages, after) if goes_on else self.tokenizer.encode_chat(messages)
         else:
             ids = list(prompt)  # type: ignore[arg-type]
-        request_id = request_id if request_id is not None else f"request-{next(self._ids)}"
-        request = Request(request_id, tuple(ids), sampling or self.config.sampling, lookahead or self.config.lookahead)
+        request = Request(
+            request_id=request_id if request_id is not None else f"request-{next(self._ids)}",
+            prompt_ids=tuple(ids),
+            sampling=sampling or self.config.sampling,
+            lookahead=lookahead or self.config.lookahead,
+            session_id=session.session_id if session is not None else None,
+        )
         self.validate(request)
         return request
 
@@ -105,14 +124,32 @@ class Engine:
                 if not isinstance(token, int) or not 0 <= token < self.spec.vocab_size:
                     remedy = f"Token ids are whole numbers from 0 to {self.spec.vocab_size - 1}."
                     raise InvalidRequestError(field_name, token, "is not a token id of this model", remedy)
-        if len(ids) >= self.capacity:
+        if self._scheduler.make_ledger().full_at(ids) < len(ids):
             problem = f"the prompt's {len(ids)} tokens leave no room in a cache of {self.capacity}"
-            raise InvalidRequestError("prompt", f"{len(ids)} tokens", problem, "Shorten it, or raise cache.capacity.")
+            remedy = "Shorten it, raise cache.capacity, or set cache.policy to sink."
+            raise InvalidRequestError("prompt", f"{len(ids)} tokens", problem, remedy)
+        room = self._room_for_turn(request)
+        if room is not None and len(ids) + request.sampling.max_new_tokens > room:
+            problem = f"with the prompt's {len(ids)} tokens they exceed what eviction per turn makes room for, {room}"
+            remedy = "Lower it, shorten the prompt, enlarge the cache, or set cache.evict to token."
+            raise InvalidRequestError(
+                "sampling.max_new_tokens", request.sampling.max_new_tokens, problem, remedy
+            )
         rows = request.lookahead.window_rows
         if rows > self.config.scheduler.max_rows:
             problem = f"the window takes {rows} rows, and a step holds {self.config.scheduler.max_rows}"
             remedy = "Lower window_size or ngram_size, or raise scheduler.max_rows."
             raise InvalidRequestError("lookahead.window_size", request.lookahead.window_size, problem, remedy)
+
+    def _room_for_turn(self, request: Request) -> int | None:
+        """Most tokens, prompt and answer, that a turn may bring where eviction is per turn."""
+        cache = self.config.cache
+        if cache.evict != "turn":
+            return None
+        always = (cache.num_sinks or 0) + (cache.num_initial or 0)
+        if cache.policy == "sep":
+            always += (cache.max_separators or 0) + (cache.local or 0)
+        return self.capacity - (always if request.session_id is not None else 0)
 
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequestError, or ResourceExhaustedError where the queue is full."""
@@ -123,6 +160,21 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Withdraw a request: its slot is free before the next step, its last output says CANCELLED."""
         self._aborted.add(request_id)
+
+    def open_session(self, session_id: str | None = None) -> Session:
+        """Start a conversation, which holds its cache slot from its first turn on.
+
+        Raises InvalidRequestError where the id is in use, ResourceExhaustedError where too many are open.
+        """
+        session = Session(session_id if session_id is not None else f"session-{next(self._ids)}")
+        self._scheduler.open_session(session.session_id)
+        return session
+
+    def close_session(self, session: Session) -> None:
+        """End a conversation: a running turn is withdrawn, and the slot is free before the next step."""
+        request_id = self._scheduler.close_session(session.session_id)
+        if request_id is not None:
+            self.abort(request_id)
 
     @property
     def has_work(self) -> bool:
@@ -142,7 +194,9 @@ class Engine:
         """Admit, plan, execute, verify, emit. Raises WorkerError if the workers fail."""
         started = time.perf_counter()
         outputs = self._drop_aborted()
-        self._scheduler.admit()
+        for request in self._scheduler.admit():
+            usage = Usage(num_prompt_tokens=len(request.prompt_ids))
+            outputs.append(StepOutput(request.request_id, (), usage, FinishReason.LENGTH))
         step = self._scheduler.plan()
         if step is None:
             return outputs
@@ -166,39 +220,41 @@ class Engine:
         outputs = []
         for part in step.parts:
             sequence = part.sequence
-            emitted = sequence.accept(chosen[part.start : part.start + len(part.rows)], now_s)
-            kept, reason = self._finish(sequence, emitted)
-            if reason is None:
-                self._scheduler.commit(step, part)
-            else:
+            emitted, reason = sequence.accept(chosen[part.start : part.start + len(part.rows)], now_s)
+            self._scheduler.commit(step, part)
+            if reason is not None:
                 self._scheduler.release(sequence.slot)
-            self.stats.num_tokens += len(kept)
+            self.stats.num_tokens += len(emitted)
             if emitted:
-                outputs.append(StepOutput(sequence.request.request_id, tuple(kept), sequence.usage, reason))
+                outputs.append(StepOutput(sequence.request.request_id, tuple(emitted), sequence.usage, reason))
         return outputs
-
-    def _finish(self, sequence: RunningSequence, emitted: list[int]) -> tuple[list[int], FinishReason | None]:
-        """Cut the emitted tokens where one-at-a-time decoding would have ended, and say why it ended there."""
-        sampling = sequence.request.sampling
-        ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(self.spec.eos_token_ids))
-        before = sequence.usage.num_new_tokens - len(emitted)
-        room = min(sampling.max_new_tokens, self.capacity - len(sequence.request.prompt_ids)) - before
-        for count, token in enumerate(emitted):
-            if token in ends:
-                reason = FinishReason.STOP
-            elif count + 1 == room:
-                reason = FinishReason.LENGTH
-            else:
-                continue
-            sequence.cut(len(emitted) - count - 1)
-            return emitted[: count + 1], reason
-        return emitted, None
 
     def _account(self, step: StepPlan, seconds: dict[str, float], **phases: float) -> None:
         self.stats.num_steps += 1
         self.stats.num_rows += step.num_rows
         for phase, value in (seconds | phases).items():
             self.stats.seconds[phase] += value
+
+    def cache_report(self) -> CacheReport:
+        """What the KV cache takes on the most loaded worker."""
+        config, spec = self.config, self.spec
+        tp = config.parallel.tp
+        shards = (HeadShard.of(spec.num_heads, spec.num_kv_heads, rank, tp) for rank in range(tp))
+        most_heads = max(shard.num_kv_heads for shard in shards)
+        bytes_per_layer = 2 * most_heads * spec.head_dim * getattr(torch, config.model.dtype).itemsize
+        stored = [
+            (len(group.layers), group.new().max_stored)
+            for group in layer_groups(config.cache, spec.num_layers, self.capacity)
+        ]
+        return CacheReport(
+            policy=" ".join(filter(None, (config.cache.policy, config.cache.design))),
+            bytes_per_token=spec.num_layers * bytes_per_layer,
+            bytes_per_sequence=sum(num_layers * most for num_layers, most in stored) * bytes_per_layer,
+            bytes_staged=config.scheduler.max_rows * spec.num_layers * bytes_per_layer,
+            num_slots=config.scheduler.max_sequences,
+            tokens_per_sequence=self.capacity if config.cache.policy == "full" or config.cache.full_layers else None,
+            max_stored_tokens=max(most for _, most in stored),
+        )
 
     # The Python API
 
@@ -221,10 +277,17 @@ class Engine:
         return [self._completion(request, runs[request.request_id]) for request in requests]
 
     def stream(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, lookahead: LookaheadConfig | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        lookahead: LookaheadConfig | None = None,
+        session: Session | None = None,
     ) -> Iterator[StepOutput]:
-        """Continue one prompt, step by step. Leaving the iterator early withdraws the request."""
-        request = self.make_request(prompt, sampling, lookahead)
+        """Continue one prompt, step by step, as the next turn of `session` if there is one.
+
+        Leaving the iterator early withdraws the request.
+        """
+        request = self.make_request(prompt, sampling, lookahead, session=session)
         self.add_request(request)
         finished = False
         try:
@@ -232,6 +295,8 @@ class Engine:
                 for output in self.step():
                     if output.request_id == request.request_id:
                         finished = output.finish_reason is not None
+                        if session is not None:
+                            session.take(output)
                         yield output
         finally:
             if not finished:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from runtime.errors import InvalidRequestError, OutriderError, ResourceExhaustedError, WorkerError
 from runtime.request import FinishReason, Request, StepOutput, Usage
+from runtime.session import Session
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
@@ -34,6 +36,8 @@ class LoopStats:
     outcomes: dict[FinishReason, int]
     """Requests that have ended, by how."""
     uptime_s: float
+    num_sessions: int = 0
+    """Conversations that are open."""
 
 
 @dataclass
@@ -42,6 +46,7 @@ class _Live:
 
     on_output: OnOutput
     usage: Usage
+    session_id: str | None
     reachable: bool = True
     """False once its callback has raised: nobody gets the rest."""
 
@@ -70,7 +75,8 @@ class EngineLoop:
         # Guarded by _wake; the loop's thread alone takes away from the first two.
         self._wake = threading.Condition()
         self._live: dict[str, _Live] = {}
-        self._commands: deque[tuple[Callable[..., None], Request | str]] = deque()
+        self._commands: deque[tuple[Callable[..., None], Request | Session | str]] = deque()
+        self._sessions: dict[str, Session] = {}
         self._outcomes: Counter[FinishReason] = Counter()
         self._failed: Exception | None = None
         self._closing = False
@@ -85,10 +91,7 @@ class EngineLoop:
         """
         self.engine.validate(request)
         with self._wake:
-            if self._failed is not None:
-                raise WorkerError(f"the engine has failed: {self._failed}") from self._failed
-            if self._closing:
-                raise WorkerError("the engine is shutting down")
+            self._check_serving()
             if request.request_id in self._live:
                 problem, remedy = "is the id of a request that is still running", "Give each request its own id."
                 raise DuplicateRequestError("request_id", request.request_id, problem, remedy)
@@ -96,8 +99,10 @@ class EngineLoop:
                 limit = self.engine.config.scheduler.max_waiting
                 problem, remedy = "every slot is taken and the waiting queue is full", "Try again later."
                 raise ResourceExhaustedError("scheduler.max_waiting", limit, problem, remedy)
+            if request.session_id is not None:
+                self._check_turn(request.session_id)
             usage = Usage(num_prompt_tokens=len(request.prompt_ids))
-            self._live[request.request_id] = _Live(on_output, usage)
+            self._live[request.request_id] = _Live(on_output, usage, request.session_id)
             self._commands.append((self._add, request))
             self._wake.notify()
 
@@ -107,6 +112,37 @@ class EngineLoop:
         with self._wake:
             if request_id in self._live:
                 self._commands.append((self._abort, request_id))
+                self._wake.notify()
+
+    def open_session(self, session_id: str | None = None) -> Session:
+        """Start a conversation, whose turns are requests made with it; it holds a slot from the first of them on.
+
+        Raises DuplicateRequestError where the id is in use, ResourceExhaustedError where too many conversations are
+        open, WorkerError after a failure or `close`.
+        """
+        session = Session(session_id if session_id is not None else f"session-{uuid.uuid4()}")
+        with self._wake:
+            self._check_serving()
+            if session.session_id in self._sessions:
+                problem, remedy = "is the id of a conversation that is open", "Give each conversation its own id."
+                raise DuplicateRequestError("session_id", session.session_id, problem, remedy)
+            limit = self.engine.config.scheduler.session_limit
+            if len(self._sessions) >= limit:
+                problem = "as many conversations are open as may hold a slot"
+                remedy = "Try again later, or raise it together with scheduler.max_sequences."
+                raise ResourceExhaustedError("scheduler.max_sessions", limit, problem, remedy)
+            self._sessions[session.session_id] = session
+            self._commands.append((self._open_session, session))
+            self._wake.notify()
+        return session
+
+    def close_session(self, session: Session) -> None:
+        """End a conversation and free its slot before the next step. A running turn's last output says CANCELLED.
+        Idempotent."""
+        with self._wake:
+            if self._sessions.get(session.session_id) is session:
+                del self._sessions[session.session_id]
+                self._commands.append((self.engine.close_session, session))
                 self._wake.notify()
 
     @property
@@ -119,7 +155,8 @@ class EngineLoop:
         with self._wake:
             running = self.engine.num_running if self._failed is None else 0
             waiting = max(len(self._live) - running, 0)
-            return LoopStats(running, waiting, dict(self._outcomes), time.monotonic() - self._started)
+            uptime_s = time.monotonic() - self._started
+            return LoopStats(running, waiting, dict(self._outcomes), uptime_s, len(self._sessions))
 
     def close(self) -> None:
         """Cancel what is live and end the thread, after the step that is running. Idempotent."""
@@ -127,6 +164,19 @@ class EngineLoop:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+
+    def _check_serving(self) -> None:
+        if self._failed is not None:
+            raise WorkerError(f"the engine has failed: {self._failed}") from self._failed
+        if self._closing:
+            raise WorkerError("the engine is shutting down")
+
+    def _check_turn(self, session_id: str) -> None:
+        if session_id not in self._sessions:
+            raise InvalidRequestError("session_id", session_id, "is not open", "Open the conversation first.")
+        if any(live.session_id == session_id for live in self._live.values()):
+            problem, remedy = "has a turn that has not ended", "Wait for it, or cancel it."
+            raise InvalidRequestError("session_id", session_id, problem, remedy)
 
     # All below runs on the loop's thread.
 
@@ -174,6 +224,9 @@ class EngineLoop:
             log.exception("the engine refused a request that had been accepted")
             usage = self._live[request.request_id].usage
             self._deliver(StepOutput(request.request_id, (), usage, FinishReason.ERROR, str(error)))
+
+    def _open_session(self, session: Session) -> None:
+        self.engine.open_session(session.session_id)
 
     def _abort(self, request_id: str) -> None:
         if request_id in self._live:  # else it ended while the command was waiting

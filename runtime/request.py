@@ -28,6 +28,8 @@ class Request:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     lookahead: LookaheadConfig
+    session_id: str | None = None
+    """The conversation whose next turn this is; the prompt is then what the turn appends to it."""
     arrival_s: float = field(default_factory=time.perf_counter)
     """time.perf_counter() when the request arrived; latencies count from here."""
 
@@ -46,6 +48,12 @@ class Usage:
     """Arrival to first token, seconds."""
     latency_s: float = 0.0
     """Arrival to the newest token, seconds."""
+    num_seen_tokens: int = 0
+    """Tokens that the sequence has put into the cache, earlier turns included."""
+    kept_last: float = 1.0
+    """Of the tokens up to the newest cached one, the share that it saw: the kept KV at the last step."""
+    kept_sum: float = 1.0
+    """The same, summed over all tokens before the division: the mean kept KV, as SepLLM's r.KV counts it."""
 
     @property
     def tokens_per_step(self) -> float:
@@ -74,6 +82,24 @@ class StepOutput:
     def text_ids(self) -> tuple[int, ...]:
         """The tokens that become text: all but the stop token."""
         return self.token_ids[:-1] if self.finish_reason is FinishReason.STOP else self.token_ids
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What the KV cache takes on the most loaded worker."""
+
+    policy: str
+    bytes_per_token: int
+    """Keys and values of one token, all layers."""
+    bytes_per_sequence: int
+    """Of the most tokens that stay stored of one sequence."""
+    bytes_staged: int
+    """Of the most rows that a step may stage for one sequence, on top of those."""
+    num_slots: int
+    tokens_per_sequence: int | None
+    """Most tokens of a sequence; None: there is no fixed number."""
+    max_stored_tokens: int
+    """Most tokens that stay stored in a layer of one sequence."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from runtime.errors import InvalidRequestError, ResourceExhaustedError
 from runtime.lookahead.partition import partition
 from runtime.lookahead.rows import SequenceRows
 from runtime.lookahead.sequence import Sequence
+from runtime.model.spec import ModelSpec
 from runtime.request import Request, Usage
+from runtime.retention import Ledger, layer_groups
 from runtime.step import Commit, Int32, Row, Seq, StepPlan
 
 
@@ -37,11 +39,13 @@ class Step:
 class Scheduler:
     """Slots, the queue before them, and the rows of each step."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, spec: ModelSpec) -> None:
+        self.config, self.spec = config, spec
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Sequence] = {}
         """By cache slot."""
+        self.sessions: dict[str, Sequence | None] = {}
+        """Open conversations; each has its sequence, and with it a slot, from its first turn on."""
         self._admitted: list[int] = []  # slots given away since the last plan
         self._commits: dict[int, Int32] = {}  # by slot, what the next plan commits: [C, len(Commit)]
 
@@ -52,10 +56,40 @@ class Scheduler:
             raise ResourceExhaustedError(
                 "scheduler.max_waiting", limit, "every slot is taken and the queue is full", "Try again later."
             )
-        running = (sequence.request for sequence in self.running.values())
-        if any(other.request_id == request.request_id for other in (*self.waiting, *running)):
+        live = [*self.waiting, *(sequence.request for sequence in self.running.values())]
+        if any(other.request_id == request.request_id for other in live):
             raise InvalidRequestError("request_id", request.request_id, "is in use", "Give each request its own id.")
+        if request.session_id is not None:
+            if request.session_id not in self.sessions:
+                raise InvalidRequestError("session_id", request.session_id, "is not open", "Open it first.")
+            if any(other.session_id == request.session_id for other in live):
+                problem = "has a turn that has not ended"
+                raise InvalidRequestError("session_id", request.session_id, problem, "Wait for it, or cancel it.")
         self.waiting.append(request)
+
+    def open_session(self, session_id: str) -> None:
+        """Start a conversation. Raises ResourceExhaustedError where as many as may be are open."""
+        if session_id in self.sessions:
+            raise InvalidRequestError("session_id", session_id, "is in use", "Give each session its own id.")
+        limit = self.config.scheduler.session_limit
+        if len(self.sessions) >= limit:
+            problem = "as many conversations are open as may hold a slot"
+            raise ResourceExhaustedError("scheduler.max_sessions", limit, problem, "Try again later.")
+        self.sessions[session_id] = None
+
+    def close_session(self, session_id: str) -> str | None:
+        """End a conversation. Its slot is free, at once or when its turn, whose request id is returned, is dropped."""
+        sequence = self.sessions.pop(session_id)
+        if sequence is not None and sequence.slot not in self.running:
+            self._commits.pop(sequence.slot, None)
+        live = (*self.waiting, *(sequence.request for sequence in self.running.values()))
+        return next((request.request_id for request in live if request.session_id == session_id), None)
+
+    def make_ledger(self) -> Ledger:
+        """An account for a new sequence."""
+        cache, capacity = self.config.cache, self.config.cache.slot_capacity(self.spec.max_positions)
+        groups = layer_groups(cache, self.spec.num_layers, capacity)
+        return Ledger(groups, capacity if cache.bounded else None)
 
     def drop(self, request_ids: Collection[str]) -> list[tuple[Request, Usage]]:
         """Forget these requests, wherever they are; returns those found, with what they used."""
@@ -63,21 +97,44 @@ class Scheduler:
         self.waiting = deque(r for r in self.waiting if r.request_id not in request_ids)
         for slot, sequence in list(self.running.items()):
             if sequence.request.request_id in request_ids:
+                sequence.withdraw_turn()
                 self.release(slot)
                 dropped.append((sequence.request, sequence.usage))
         return dropped
 
     def release(self, slot: int) -> None:
-        """The sequence in `slot` has ended."""
-        del self.running[slot]
-        self._commits.pop(slot, None)
+        """The request in `slot` has ended; a conversation stays where it is."""
+        sequence = self.running.pop(slot)
+        if all(sequence is not held for held in self.sessions.values()):
+            self._commits.pop(slot, None)
 
-    def admit(self) -> None:
-        """Give the free slots to waiting requests, first come, first served."""
-        for slot in range(self.config.scheduler.max_sequences):
-            if slot not in self.running and self.waiting:
-                self.running[slot] = Sequence(self.waiting.popleft(), slot)
+    def admit(self) -> list[Request]:
+        """Give the free slots to waiting requests, first come, first served; a conversation goes on in its own.
+
+        Returns the turns for which a conversation's bounded slot has no room.
+        """
+        held = {sequence.slot for sequence in self.sessions.values() if sequence is not None} | self.running.keys()
+        free = deque(slot for slot in range(self.config.scheduler.max_sequences) if slot not in held)
+        refused: list[Request] = []
+        waiting, self.waiting = self.waiting, deque()
+        for request in waiting:
+            sequence = self.sessions.get(request.session_id) if request.session_id is not None else None
+            if sequence is not None:
+                sequence.begin_turn(request)
+                if sequence.is_full:
+                    sequence.withdraw_turn()
+                    refused.append(request)
+                else:
+                    self.running[sequence.slot] = sequence
+            elif free:
+                slot = free.popleft()
+                sequence = self.running[slot] = Sequence(request, slot, self.make_ledger(), self.spec.eos_token_ids)
                 self._admitted.append(slot)
+                if request.session_id is not None:
+                    self.sessions[request.session_id] = sequence
+            else:
+                self.waiting.append(request)
+        return refused
 
     def plan(self) -> Step | None:
         """The next step: every running sequence's rows, in slot order. None if there are none.
@@ -144,7 +201,8 @@ def _parameters(sequence: Sequence) -> Int32:
     """A line of StepPlan.sequences."""
     sampling = sequence.request.sampling
     line = np.zeros(len(Seq), np.int32)
-    line[Seq.SLOT], line[Seq.ROPE_LENGTH] = sequence.slot, len(sequence.request.prompt_ids)
+    line[Seq.SLOT], line[Seq.ROPE_LENGTH] = sequence.slot, sequence.rope_length
+    line[Seq.NUM_COMING] = min(sequence.num_coming, 2**31 - 1)
     line[Seq.TEMPERATURE] = np.float32(sampling.temperature).view(np.int32)
     line[Seq.TOP_K] = min(sampling.top_k, 2**31 - 1)
     line[Seq.TOP_P] = np.float32(sampling.top_p).view(np.int32)

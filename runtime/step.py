@@ -49,6 +49,7 @@ class Seq(IntEnum):
     TOP_P = 4  # float32 bits
     SEED_LOW = 5  # the seed's low 31 bits
     SEED_HIGH = 6  # the seed's high 32 bits
+    NUM_COMING = 7  # tokens of a turn that begins, which eviction per turn makes room for; 0: none begins
 
 
 class Commit(IntEnum):

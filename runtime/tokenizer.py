@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from runtime.errors import ConfigError, InvalidRequestError
 
 ROLES = ("system", "user", "assistant", "tool")
 REPLACEMENT = "\ufffd"  # what decoders put for bytes that are not (yet) a character
+PAPER_SEPARATORS = (".", ",", "?", "!", ";", ":", " ", "\t", "\n")
+"""The separators of SepLLM (Chen et al., 2024, arXiv 2412.12094)."""
 
 
 class Tokenizer:
@@ -36,13 +38,13 @@ class Tokenizer:
         added = tokenizer.added_tokens_decoder
         self._special_ids = {token_id for token_id, token in added.items() if token.special}
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, with the special tokens that the tokenizer adds by default.
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of `text`, with the special tokens that the tokenizer adds by default, or without them.
 
         Raises InvalidRequestError if the text is not valid Unicode.
         """
         _check_unicode("prompt", text)
-        return list(self._tokenizer(text).input_ids)
+        return list(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation in the model's chat template, up to where the assistant's answer begins.
@@ -51,6 +53,40 @@ class Tokenizer:
         malformed, or if the model has no template or one that refuses the conversation.
         """
         _check_messages(messages)
+        return self._encode_rendered(self._render(messages))
+
+    def encode_turn(self, messages: Sequence[Mapping[str, str]], after: int | None) -> list[int]:
+        """Ids that continue a conversation behind an assistant's answer: what the chat template puts between the end
+        of that answer and the beginning of the next, with `messages` in between.
+
+        They begin with the end-of-turn token, unless `after`, the newest token of the conversation, is it. Each
+        message is as in `encode_chat`, with the same errors; a template that does not show earlier answers as they
+        are is refused too.
+        """
+        _check_messages(messages)
+        marker = "Answer0"  # survives templates that strip what is said, and does not merge with what follows
+        while any(marker in message["content"] for message in messages):
+            marker += "0"
+        past = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": marker}]
+        rendered = self._render([*past, *messages])
+        if rendered.count(marker) != 1:
+            problem = "the model's chat template does not keep earlier answers as they are"
+            raise InvalidRequestError("messages", list(messages), problem, "Send plain text or token ids instead.")
+        # Encoded together, since some tokenizers treat the beginning of a text otherwise than its inside.
+        answer = self._encode_rendered(marker)
+        ids = self._encode_rendered(rendered[rendered.index(marker) :])
+        if ids[: len(answer)] == answer:
+            ids = ids[len(answer) :]
+        else:
+            ids = self._encode_rendered(rendered[rendered.index(marker) + len(marker) :])
+        if after in self._special_ids and after in ids:
+            end = ids.index(after)
+            if not self.decode(ids[:end]).strip():  # Llama 2 has a space before the end of a turn
+                ids = ids[end + 1 :]
+        return ids
+
+    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The conversation in the chat template, up to where the assistant's answer begins."""
         if self._tokenizer.chat_template is None:
             problem, remedy = "the model has no chat template", "Send plain text or token ids instead."
             raise InvalidRequestError("messages", list(messages), problem, remedy)
@@ -62,7 +98,12 @@ class Tokenizer:
             problem = f"the model's chat template refuses the conversation ({error})"
             remedy = "Send roles in an order that the model supports."
             raise InvalidRequestError("messages", list(messages), problem, remedy) from error
-        return list(self._tokenizer(rendered, add_special_tokens=False).input_ids)
+        assert isinstance(rendered, str)
+        return rendered
+
+    def _encode_rendered(self, text: str) -> list[int]:
+        """A chat template writes the special tokens itself."""
+        return self.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out."""
@@ -74,6 +115,54 @@ class Tokenizer:
     def shows(self, token_id: int) -> bool:
         """Whether decode gives the id any text at all: special and unknown ids it leaves out."""
         return 0 <= token_id < self.vocab_size and token_id not in self._special_ids
+
+    def separator_ids(
+        self, separators: Literal["paper"] | Sequence[str] | Sequence[int], merged: bool = False
+    ) -> tuple[int, ...]:
+        """Ids of the tokens that separate segments, ascending.
+
+        A text stands for every token whose text is exactly it (special tokens by their names), an id for itself;
+        "paper" is those of PAPER_SEPARATORS that the vocabulary has. `merged` adds every token that is several
+        separators in a row, such as ".\\n". Raises ConfigError naming what is no single token of the vocabulary.
+        """
+        field = "cache.separators"
+        texts = self._token_texts()
+        given: Sequence[str | int]
+        if separators == "paper":
+            known = set(texts)
+            given = [separator for separator in PAPER_SEPARATORS if separator in known]
+        elif isinstance(separators, str):
+            raise ConfigError(field, separators, "is not a list", 'Write "paper", or a list of texts or token ids.')
+        else:
+            given = separators
+        found: set[int] = set()
+        for separator in given:
+            if isinstance(separator, int):
+                if not 0 <= separator < len(texts):
+                    remedy = f"Token ids are whole numbers from 0 to {len(texts) - 1}."
+                    raise ConfigError(field, separator, "is not a token id of this model", remedy)
+                found.add(separator)
+            else:
+                ids = [token_id for token_id, text in enumerate(texts) if text and text == separator]
+                if not ids:
+                    remedy = "Name texts that are one token each, or token ids."
+                    raise ConfigError(field, separator, "is no single token of this model's vocabulary", remedy)
+                found.update(ids)
+        if not found:
+            raise ConfigError(field, separators, "names no token", "Name at least one separator.")
+        if merged:
+            whole = {texts[token_id] for token_id in found} - {""}
+            found.update(token_id for token_id, text in enumerate(texts) if text and _is_row_of(whole, text))
+        return tuple(sorted(found))
+
+    def _token_texts(self) -> list[str]:
+        """Every token's text inside a text, by id; special tokens by their names."""
+        # Decoders treat the first token of a text otherwise than the same token further on (its leading space).
+        first = self.encode("a", add_special_tokens=False)[-1]
+        start = len(self._tokenizer.decode([first], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        pairs = [[first, token_id] for token_id in range(self.vocab_size)]
+        texts = self._tokenizer.batch_decode(pairs, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return [text[start:] for text in texts]
 
 
 class Detokenizer:
@@ -143,6 +232,15 @@ class Detokenizer:
 
     def _restart(self, window: list[int], shown: str) -> None:
         self._window, self._shown, self._num_pending = window, shown, 0
+
+
+def _is_row_of(parts: Collection[str], text: str) -> bool:
+    """Whether `text` is some of `parts`, one behind the other."""
+    ends = {0}
+    for start in range(len(text)):
+        if start in ends:
+            ends.update(start + len(part) for part in parts if text.startswith(part, start))
+    return len(text) in ends
 
 
 def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:

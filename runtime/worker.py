@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 
 from runtime import mesh as meshes
-from runtime.cache import KVCache
 from runtime.config import Config
 from runtime.errors import ConfigError
 from runtime.mesh import Mesh
 from runtime.model.attention import RowBatch
 from runtime.model.loader import load_decoder, resolve_model
 from runtime.model.spec import ModelSpec
+from runtime.retention import layer_groups
 from runtime.sampler import choose_tokens
 from runtime.step import Choose, Commit, Int32, Row, Seq, StepPlan, WireLayout
 
@@ -35,16 +35,9 @@ class Worker:
     def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh) -> None:
         self.mesh = mesh
         self.decoder = load_decoder(resolve_model(config.model.path), spec, mesh, getattr(torch, config.model.dtype))
-        self.cache = KVCache(
-            num_slots=config.scheduler.max_sequences,
-            num_layers=spec.num_layers,
-            num_kv_heads=self.decoder.num_kv_heads,
-            capacity=config.cache.slot_capacity(spec.max_positions),
-            max_staged=config.scheduler.max_rows,
-            head_dim=spec.head_dim,
-            dtype=getattr(torch, config.model.dtype),
-            device=mesh.device,
-        )
+        groups = layer_groups(config.cache, spec.num_layers, config.cache.slot_capacity(spec.max_positions))
+        scheduler = config.scheduler
+        self.caches = self.decoder.make_caches(groups, scheduler.max_sequences, max_staged=scheduler.max_rows)
         self._last = StepPlan.empty()
 
     @torch.inference_mode()
@@ -54,6 +47,10 @@ class Worker:
             return np.empty(0, np.int32)  # a heartbeat: what is staged stays staged
         self._commit(plan)
         self._last = plan
+        for slot, num_coming in plan.sequences[:, [Seq.SLOT, Seq.NUM_COMING]].tolist():
+            if num_coming:
+                for cache in self.caches:
+                    cache.begin_turn(slot, num_coming)
         local = plan.local_rows(self.mesh.replica)
         if not len(local):
             return np.empty(0, np.int32)
@@ -66,9 +63,9 @@ class Worker:
             parents=_local_parents(rows[:, Row.PARENT], local),
             slots=rows[:, Row.SLOT],
             rope_lengths=sequences[:, Seq.ROPE_LENGTH],
-            cache=self.cache,
+            device=self.mesh.device,
         )
-        hidden = self.decoder.forward(batch, self.cache)
+        hidden = self.decoder.forward(batch, self.caches)
         tokens = np.full(len(rows), -1, np.int32)
         wanted = np.flatnonzero((rows[:, Row.CHOOSE] != Choose.NOTHING) & (rows[:, Row.OWNER] == self.mesh.replica))
         if len(wanted):
@@ -81,9 +78,9 @@ class Worker:
         return tokens[: len(local)]
 
     def _commit(self, plan: StepPlan) -> None:
-        """Move accepted rows of the last step into the cache; LP peers copy them from the replica that ran them."""
+        """Move accepted rows of the last step into the caches; LP peers copy them from the replica that ran them."""
         local = self._last.local_rows(self.mesh.replica)
-        slots = self._last.rows[:, Row.SLOT]
+        slots, tokens = self._last.rows[:, Row.SLOT], self._last.rows[:, Row.TOKEN]
         local_slots = slots[local]
         rows, sources = plan.commits[:, Commit.ROW], plan.commits[:, Commit.SOURCE]
         commit_slots = slots[rows]
@@ -92,16 +89,19 @@ class Worker:
             source = int(sources[mine][0])
             start = int(np.searchsorted(local_slots, slot)) if len(local_slots) else 0
             staged = (np.searchsorted(local, rows[mine]) - start).tolist()
-            if source < 0 or self.mesh.lp == 1:
-                self.cache.commit(slot, staged)
-            elif source == self.mesh.replica:
-                self.mesh.broadcast_from_replica(self.cache.read_staged(slot, staged), source)
-                self.cache.commit(slot, staged)
-            else:
-                block = self.cache.empty_block(len(staged))
-                self.cache.append(slot, self.mesh.broadcast_from_replica(block, source))
+            accepted = tokens[rows[mine]].tolist()
+            for cache in self.caches:
+                if source < 0 or self.mesh.lp == 1:
+                    cache.commit(slot, staged, accepted)
+                elif source == self.mesh.replica:
+                    self.mesh.broadcast_from_replica(cache.read_staged(slot, staged), source)
+                    cache.commit(slot, staged, accepted)
+                else:
+                    block = self.mesh.broadcast_from_replica(cache.empty_block(len(staged)), source)
+                    cache.append(slot, block, accepted)
         for slot in plan.resets.tolist():
-            self.cache.reset(slot)
+            for cache in self.caches:
+                cache.reset(slot)
 
 
 def _local_parents(parents: Int32, local: np.ndarray) -> Int32:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from runtime.cache import KVCache
 from runtime.mesh import Mesh
 from runtime.model.attention import RowBatch
 from runtime.model.decoder import Decoder
 from runtime.model.loader import load_decoder
+from runtime.retention import LayerGroup, Sliding
 
 TRAINED = 16
 """max_position_embeddings of every zoo model; the tests run past it."""
@@ -104,17 +105,8 @@ class Runner:
 
     def __init__(self, decoder: Decoder, num_slots: int = 1, capacity: int = 128, max_staged: int = 64) -> None:
         self.decoder = decoder
-        spec = decoder.spec
-        self.cache = KVCache(
-            num_slots=num_slots,
-            num_layers=spec.num_layers,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=spec.head_dim,
-            capacity=capacity,
-            max_staged=max_staged,
-            dtype=decoder.dtype,
-            device=torch.device("cpu"),
-        )
+        everything = LayerGroup(tuple(range(decoder.spec.num_layers)), lambda: Sliding(None, capacity, slot=False))
+        self.caches = decoder.make_caches([everything], num_slots, max_staged=max_staged)
 
     def rows(
         self,
@@ -129,16 +121,21 @@ class Runner:
         slots = [0] * count if slots is None else slots
         positions: list[int] = []
         for parent, slot in zip(parents, slots, strict=True):
-            positions.append(self.cache.lengths[slot] if parent < 0 else positions[parent] + 1)
+            positions.append(self.caches[0].retained[slot].length if parent < 0 else positions[parent] + 1)
         arrays = (np.array(column) for column in (tokens, positions, parents, slots, [rope_length] * count))
-        batch = RowBatch.build(*arrays, cache=self.cache)
-        return self.decoder.logits(self.decoder.forward(batch, self.cache))
+        batch = RowBatch.build(*arrays, device=self.caches[0].device)
+        return self.decoder.logits(self.decoder.forward(batch, self.caches))
 
     def extend(self, tokens: list[int], slot: int = 0, rope_length: int = 0) -> torch.Tensor:
         """Like `rows` for a plain continuation of one sequence, which is committed."""
         logits = self.rows(tokens, slots=[slot] * len(tokens), rope_length=rope_length)
-        self.cache.commit(slot, range(len(tokens)))
+        self.commit(range(len(tokens)), tokens, slot)
         return logits
+
+    def commit(self, staged: Sequence[int], tokens: Sequence[int], slot: int = 0) -> None:
+        """Make staged rows, whose ids are `tokens`, part of the sequence."""
+        for cache in self.caches:
+            cache.commit(slot, staged, tokens)
 
 
 def run_tensor_parallel(rank: int, tp: int, directory: Path) -> None:

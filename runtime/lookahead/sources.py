@@ -14,7 +14,7 @@ from runtime.lookahead.window import Window
 
 
 class Source:
-    """One sequence's source. The engine calls, per step: propose, lay_out, learn, observe."""
+    """One sequence's source. The engine calls, per step: lay_out, propose, learn, observe."""
 
     def __init__(self, config: LookaheadConfig, prompt: Sequence[int]) -> None:
         self.config = config
@@ -29,8 +29,11 @@ class Source:
     def learn(self, rows: SequenceRows, chosen: Sequence[int]) -> None:
         """See the token each row of the step chose; -1: none."""
 
-    def observe(self, text: Sequence[int], num_new: int) -> None:
-        """See `text` grown by `num_new` tokens; at first by the whole prompt."""
+    def observe(self, text: Sequence[int], num_new: int, is_prompt: bool) -> None:
+        """See `text` grown by `num_new` tokens, a prompt's or the model's."""
+
+    def forget(self, text: Sequence[int]) -> None:
+        """Of the text only these tokens, the newest, are left."""
 
 
 class JacobiSource(Source):
@@ -55,8 +58,7 @@ class JacobiSource(Source):
             for ngram in self.window.advance(rows.tokens[rows.root], chosen):
                 self.pool.add(ngram)
 
-    def observe(self, text: Sequence[int], num_new: int) -> None:
-        is_prompt = num_new == len(text)
+    def observe(self, text: Sequence[int], num_new: int, is_prompt: bool) -> None:
         if self.config.pool_from_prompt if is_prompt else self.config.pool_from_output:
             self.pool.add_text(text[-(num_new + self.config.ngram_size - 1) :])
 
@@ -83,10 +85,14 @@ class SuffixSource(Source):
                     seen.add(start)
                     yield text[start : start + self.MAX_DRAFT]
 
-    def observe(self, text: Sequence[int], num_new: int) -> None:
+    def observe(self, text: Sequence[int], num_new: int, is_prompt: bool) -> None:
         for end in range(len(text) - num_new + 1, len(text) + 1):
             for length in range(1, min(self.MAX_MATCH, end) + 1):
                 self._ends.setdefault(tuple(text[end - length : end]), []).append(end)
+
+    def forget(self, text: Sequence[int]) -> None:
+        self._ends.clear()
+        self.observe(text, len(text), is_prompt=True)
 
 
 SOURCES: dict[str, type[Source]] = {"jacobi": JacobiSource, "suffix": SuffixSource}

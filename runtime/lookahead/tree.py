@@ -16,12 +16,16 @@ class CandidateTree:
         self.rows = rows
         self._children: dict[tuple[int, int], int] = {}  # (row, token) -> the row of that token after it
 
-    def grow(self, proposals: Iterable[Iterator[Sequence[int]]], room: int) -> None:
-        """Add candidates, the sources taking turns, until they are exhausted or `room` rows are used."""
+    def grow(self, proposals: Iterable[Iterator[Sequence[int]]], room: int, horizon: int) -> None:
+        """Add candidates, the sources taking turns, until they are exhausted or `room` rows are used.
+
+        No candidate reaches position `horizon`: a token there sees another cache than this step's.
+        """
+        max_depth = max(horizon - 1 - self.rows.positions[self.rows.root], 0)
         for round_of_candidates in zip_longest(*proposals, fillvalue=()):
             for candidate in round_of_candidates:
                 parent = self.rows.root
-                for token in candidate:
+                for token in candidate[:max_depth]:
                     child = self._children.get((parent, token))
                     if child is None:
                         if room == 0:

@@ -3,15 +3,21 @@
 Shapes, here and in decoder.py:
     T  rows of the step (all sequences)      H  query heads on this rank      D  hidden size
     t  rows of one sequence                  K  KV heads on this rank         d  head size
-    L  committed tokens of a sequence        G  query heads per KV head, H = K * G
+    n  stored tokens of a sequence           G  query heads per KV head, H = K * G
 
-A row sees the committed tokens of its sequence, its ancestors in the step, and itself. Keys stand in
-the cache as [K, L + t, d], the step's own rows last, so a mask is needed only for the last t columns
-(and, in sliding-window layers, for tokens that the window has left behind).
+A row sees those stored tokens of its sequence that its policy shows it, its ancestors in the step, and
+itself. Keys stand in the cache as [K, n + t, d], the step's own rows last.
+
+Two frames. Keys are stored rotated, and a row's query is rotated at its true position, so keys of the
+recent run have their true distance from every row of a step, however deep it stands in the tree. Where a
+policy counts positions by cache slots (StreamingLLM, section 3.2), only the anchors have another distance
+than in the text; so for them the query is rotated a second time, at the row's slot. No key is rotated
+again as the window moves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +26,11 @@ from numpy.typing import NDArray
 
 from runtime.cache import KVCache
 from runtime.model.layers import at_least_float32
+from runtime.model.rotary import Rotary
+from runtime.retention import Retention
 
-Ints = NDArray[np.integer]
-Bias = tuple[int, torch.Tensor]
-"""(first column, additive mask [t, columns from there to the end])"""
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 Masked = tuple[torch.Tensor, torch.Tensor]
 """(view [K, G, t, columns] of the scores, additive mask [t, columns])"""
@@ -36,25 +43,25 @@ class Segment:
     slot: int
     start: int
     stop: int
-    cached: int
-    """L, committed tokens before this step."""
+    tokens: Ints  # [t]
     positions: Ints  # [t]
-    sees: NDArray[np.bool_]  # [t, t]: row i sees row j of the step
-    dtype: torch.dtype
-    device: torch.device
+    ancestors: Bools  # [t, t]: row j is an ancestor of row i, or row i itself
 
-    def bias(self, window: int | None) -> Bias | None:
-        """Additive mask for layers with this sliding window; None if every row sees every key."""
-        first, sees = self.cached, self.sees
+    def sees(self, retained: Retention, window: int | None) -> Bools | None:
+        """[t, n + t] what each row sees in a layer with this sliding window of the model's own; None: all of it."""
+        stored = retained.sees(self.positions, retained.positions, retained.anchored)
+        own = retained.sees(self.positions, self.positions, retained.may_anchor(self.positions, self.tokens))
+        own = self.ancestors if own is None else self.ancestors & own
         if window is not None and int(self.positions.max()) - window >= 0:
-            first = 0
-            key_positions = np.concatenate([np.arange(self.cached), self.positions])
-            reached = key_positions[None, :] > self.positions[:, None] - window
-            sees = reached & np.concatenate([np.ones((len(sees), self.cached), np.bool_), sees], axis=1)
-        if sees.all():
-            return None
-        bias = np.where(sees, np.float32(0), np.float32(-np.inf))
-        return first, torch.from_numpy(bias).to(self.device, self.dtype)
+            keys = np.concatenate([retained.positions, self.positions])
+            near = keys > self.positions[:, None] - window
+            stored = near[:, : -len(own)] if stored is None else stored & near[:, : -len(own)]
+            own = own & near[:, -len(own) :]
+        if stored is None:
+            if own.all():
+                return None
+            stored = np.ones((len(own), retained.num_stored), np.bool_)
+        return np.concatenate([stored, own], axis=1)
 
 
 @dataclass
@@ -72,7 +79,13 @@ class RowBatch:
 
     @classmethod
     def build(
-        cls, tokens: Ints, positions: Ints, parents: Ints, slots: Ints, rope_lengths: Ints, cache: KVCache
+        cls,
+        tokens: NDArray[np.integer],
+        positions: NDArray[np.integer],
+        parents: NDArray[np.integer],
+        slots: NDArray[np.integer],
+        rope_lengths: NDArray[np.integer],
+        device: torch.device,
     ) -> RowBatch:
         """Arrays of length T. `parents` are indices into this batch, smaller than the row's own, or -1.
 
@@ -81,21 +94,17 @@ class RowBatch:
         starts = [0, *(np.flatnonzero(np.diff(slots)) + 1).tolist()] if len(slots) else []
         stops = [*starts[1:], len(slots)]
         assert len({int(slots[start]) for start in starts}) == len(starts), "rows of one slot must stand together"
+        ids, places = np.asarray(tokens, np.int64), np.asarray(positions, np.int64)
         segments = []
         for start, stop in zip(starts, stops, strict=True) if starts else ():
-            slot = int(slots[start])
             local = np.where(parents[start:stop] < 0, -1, parents[start:stop] - start)
-            sees = ancestry(local)
-            here = positions[start:stop]
-            segments.append(Segment(slot, start, stop, cache.lengths[slot], here, sees, cache.dtype, cache.device))
-
-        def upload(values: Ints) -> torch.Tensor:
-            return torch.from_numpy(np.asarray(values, np.int64)).to(cache.device)
-
-        return cls(upload(tokens), upload(positions), upload(rope_lengths), segments)
+            rows = slice(start, stop)
+            segments.append(Segment(int(slots[start]), start, stop, ids[rows], places[rows], ancestry(local)))
+        lengths = torch.from_numpy(np.asarray(rope_lengths, np.int64))
+        return cls(torch.from_numpy(ids).to(device), torch.from_numpy(places).to(device), lengths.to(device), segments)
 
 
-def ancestry(parents: Ints) -> NDArray[np.bool_]:
+def ancestry(parents: NDArray[np.integer]) -> Bools:
     """[t, t]: row i has row j as an ancestor, or is row j. Parents come before their children; -1 is none."""
     count = len(parents)
     rows = np.arange(count)
@@ -116,31 +125,59 @@ class StepAttention:
     common is made once per step: rotation factors, masks, scratch memory, views into the cache.
     """
 
-    def __init__(self, batch: RowBatch, cache: KVCache, turns: torch.Tensor, num_heads: int) -> None:
-        """`turns` [T, d/2] are the rows' complex rotation factors."""
+    def __init__(self, batch: RowBatch, caches: Sequence[KVCache], rotary: Rotary, num_heads: int) -> None:
+        """`caches`: one per group of layers that keep the same tokens; together they have every layer."""
+        dtype, device, num_kv = caches[0].dtype, caches[0].device, caches[0].num_kv_heads
+        turns = rotary.turns(batch.positions, batch.rope_lengths)
         num_rows, half = turns.shape
-        num_kv = cache.num_kv_heads
-        parts = (turns * (2 * half) ** -0.5, num_heads), (turns, num_kv), (torch.ones_like(turns), num_kv)
+        scale = (2 * half) ** -0.5
+        parts = (turns * scale, num_heads), (turns, num_kv), (torch.ones_like(turns), num_kv)
         factors = torch.cat([part[:, None].expand(-1, count, -1) for part, count in parts], dim=1)
-        self.wide = at_least_float32(cache.dtype)
+        self.wide = at_least_float32(dtype)
         factors = factors.to(self.wide.to_complex())
         self.pairs_shape = (*factors.shape, 2)
         self.counts = [segment.stop - segment.start for segment in batch.segments]
-        out = torch.empty(num_rows, num_heads, 2 * half, dtype=cache.dtype, device=cache.device)
+        out = torch.empty(num_rows, num_heads, 2 * half, dtype=dtype, device=device)
         self.out = out.view(num_rows, -1)
-        self.segments = [
-            _SegmentAttention(segment, cache, *parts)
-            for segment, *parts in zip(batch.segments, factors.split(self.counts), out.split(self.counts), strict=True)
-        ]
+        self.layers: dict[int, tuple[list[_SegmentAttention], int]] = {}
+        """Per layer, its group's segments, and the layer's index in the group."""
+        for cache in caches:
+            segments = [
+                _SegmentAttention(segment, cache, *of_segment)
+                for segment, *of_segment in zip(
+                    batch.segments,
+                    factors.split(self.counts),
+                    self._slot_factors(batch, cache, rotary, scale),
+                    out.split(self.counts),
+                    strict=True,
+                )
+            ]
+            self.layers |= {layer: (segments, index) for index, layer in enumerate(cache.layers)}
 
     def __call__(self, qkv: torch.Tensor, layer: int, window: int | None) -> torch.Tensor:
         """Stage the keys and values in `qkv` [T, (H + 2K) * d], and attend. Returns [T, H * d], until the next call."""
         if qkv.dtype != self.wide:
             qkv = qkv.to(self.wide)
         pairs = torch.view_as_complex(qkv.view(self.pairs_shape))
-        for segment, rows in zip(self.segments, pairs.split_with_sizes(self.counts), strict=True):
-            segment(rows, layer, window)
+        segments, index = self.layers[layer]
+        for segment, rows in zip(segments, pairs.split_with_sizes(self.counts), strict=True):
+            segment(rows, index, window)
         return self.out
+
+    def _slot_factors(
+        self, batch: RowBatch, cache: KVCache, rotary: Rotary, scale: float
+    ) -> list[torch.Tensor | None]:
+        """Per segment, what its queries are multiplied by for the anchors, [t, 1, d/2]; None without such anchors."""
+        factors: list[torch.Tensor | None] = []
+        for segment in batch.segments:
+            retained = cache.retained[segment.slot]
+            if retained.num_slot_anchors == 0:
+                factors.append(None)
+                continue
+            slots = torch.from_numpy(retained.slots(segment.positions)).to(cache.device)
+            turns = rotary.turns(slots, batch.rope_lengths[segment.start : segment.stop])
+            factors.append((turns * scale)[:, None].to(self.wide.to_complex()))
+        return factors
 
 
 class _SegmentAttention:
@@ -150,11 +187,19 @@ class _SegmentAttention:
     depend on how many rows stand beside it.
     """
 
-    def __init__(self, segment: Segment, cache: KVCache, factors: torch.Tensor, out: torch.Tensor) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        cache: KVCache,
+        factors: torch.Tensor,
+        slot_factors: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
         """`factors` [t, H + 2K, d/2], what queries, keys and values are multiplied by; `out` [t, H, d] is filled."""
         count, num_heads, head_dim = out.shape
         num_kv = cache.num_kv_heads
         self.segment = segment
+        self.retained = cache.retained[segment.slot]
         self.factors = factors
         self.stage = cache.stage(segment.slot, count)
         turned = torch.empty_like(factors.transpose(0, 1), memory_format=torch.contiguous_format)
@@ -163,7 +208,8 @@ class _SegmentAttention:
         self.heads = self.turned_heads.to(cache.dtype)  # the same memory, unless the dtype is a narrow one
         self.queries = self.heads[:num_heads].view(num_kv, -1, head_dim)  # [K, G * t, d]
         self.keys_values = self.heads[num_heads:].view(2, num_kv, count, head_dim)
-        self.scores = out.new_empty(*self.queries.shape[:2], segment.cached + count)
+        self.scores = out.new_empty(*self.queries.shape[:2], self.retained.num_stored + count)
+        self.anchors = None if slot_factors is None else _AnchorScores(self, slot_factors, num_heads)
         self.weights = torch.empty_like(self.scores)
         self.mixed = torch.empty_like(self.queries)
         self.mixed_heads = self.mixed.view(num_heads, count, head_dim)
@@ -177,6 +223,8 @@ class _SegmentAttention:
             self.heads.copy_(self.turned_heads)
         self.stage.rows[layer].copy_(self.keys_values)
         torch.bmm(self.queries, self.stage.keys[layer], out=self.scores)
+        if self.anchors is not None:
+            self.anchors(pairs, layer)
         if window not in self.masked:
             self.masked[window] = self._mask(window)
         if masked := self.masked[window]:
@@ -187,8 +235,37 @@ class _SegmentAttention:
         self.out.copy_(self.mixed_heads)
 
     def _mask(self, window: int | None) -> Masked | None:
-        bias = self.segment.bias(window)
-        if bias is None:
+        """The mask from the first column on that not every row sees."""
+        sees = self.segment.sees(self.retained, window)
+        if sees is None:
             return None
-        first, mask = bias
+        first = int(sees.all(axis=0).argmin())
+        bias = np.where(sees[:, first:], np.float32(0), np.float32(-np.inf))
+        mask = torch.from_numpy(bias).to(self.scores.device, self.scores.dtype)
         return self.scores.unflatten(1, (-1, len(mask)))[..., first:], mask
+
+
+class _AnchorScores:
+    """The scores of a sequence's rows with its anchors, whose distance counts from the rows' slots.
+
+    They take the place of those by true positions, which cost next to nothing to compute along with the rest.
+    """
+
+    def __init__(self, attention: _SegmentAttention, factors: torch.Tensor, num_heads: int) -> None:
+        """`factors` [t, 1, d/2] turn the queries."""
+        self.factors = factors
+        self.num_heads = num_heads
+        count = attention.retained.num_slot_anchors
+        self.keys = [keys[..., :count] for keys in attention.stage.keys]  # [K, d, A] each
+        turned = torch.empty_like(attention.turned.transpose(0, 1)[:num_heads])
+        self.turned = turned.transpose(0, 1)
+        self.turned_heads = torch.view_as_real(turned).flatten(-2)  # [H, t, d]
+        self.heads = self.turned_heads.to(attention.scores.dtype)
+        self.queries = self.heads.view_as(attention.queries)
+        self.scores = attention.scores[..., :count]
+
+    def __call__(self, pairs: torch.Tensor, layer: int) -> None:
+        torch.mul(pairs[:, : self.num_heads], self.factors, out=self.turned)
+        if self.heads is not self.turned_heads:
+            self.heads.copy_(self.turned_heads)
+        self.scores.copy_(torch.bmm(self.queries, self.keys[layer]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from runtime.model.layers import GatedMLP, Linear, RMSNorm, RowParallelLinear, V
 from runtime.model.rotary import Rotary
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
+from runtime.retention import LayerGroup
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Runs rows against a KV cache. Every rank of the TP group calls it with the same batch."""
+    """Runs rows against KV caches. Every rank of the TP group calls it with the same batch."""
 
     spec: ModelSpec
     mesh: Mesh
@@ -46,18 +48,27 @@ class Decoder:
 
     @property
     def num_kv_heads(self) -> int:
-        """K, which this rank's KV cache is made for."""
+        """K, which this rank's KV caches are made for."""
         return self.heads.num_kv_heads
 
+    def make_caches(self, groups: Sequence[LayerGroup], num_slots: int, max_staged: int) -> tuple[KVCache, ...]:
+        """Empty caches, one per group of layers that keep the same tokens. Raises ConfigError without memory for them.
+
+        `max_staged`: most rows of one sequence in one step.
+        """
+        kinds = self.num_kv_heads, self.spec.head_dim, max_staged, self.rotary, self.dtype, self.mesh.device
+        return tuple(KVCache(group, num_slots, *kinds) for group in groups)
+
     @torch.inference_mode()
-    def forward(self, batch: RowBatch, cache: KVCache) -> torch.Tensor:
+    def forward(self, batch: RowBatch, caches: Sequence[KVCache]) -> torch.Tensor:
         """Run the rows and stage their keys and values. Returns [T, D] before the final norm.
+
+        `caches`: one per group of layers, as `make_caches` gives them.
 
         The final norm is part of `logits`, so that rows whose logits nobody wants are spared it.
         """
         hidden = self.embedding(batch.tokens)
-        turns = self.rotary.turns(batch.positions, batch.rope_lengths)
-        attend = StepAttention(batch, cache, turns, self.heads.num_heads)
+        attend = StepAttention(batch, caches, self.rotary, self.heads.num_heads)
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv(layer.attention_norm(hidden))
             if layer.head_norm is not None:

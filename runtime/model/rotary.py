@@ -8,7 +8,9 @@ type costs nothing.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from runtime.model.spec import RopeSpec
 
@@ -22,6 +24,14 @@ class Rotary:
         """Complex [T, d / 2] for rows at `positions` [T] of sequences whose prompts have `lengths` [T] tokens."""
         angles = positions.double()[:, None] * self._inv_freq(positions, lengths)
         return torch.polar(torch.full_like(angles, self.rope.attention_scaling), angles)
+
+    def turn(self, keys: torch.Tensor, offsets: NDArray[np.int64]) -> torch.Tensor:
+        """Rotated keys [..., n, d] as if each of the n had been rotated at a position `offsets` [n] further on."""
+        angles = torch.from_numpy(offsets).to(keys.device).double()[:, None] * self.inv_freq
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        pairs = torch.view_as_complex(keys.to(wide).unflatten(-1, (-1, 2)).contiguous())
+        turned = pairs * torch.polar(torch.ones_like(angles), angles).to(wide.to_complex())
+        return torch.view_as_real(turned).flatten(-2).to(keys.dtype)
 
     def _inv_freq(self, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """[1 or T, d / 2].

@@ -14,6 +14,8 @@ from runtime.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
 
+    from runtime.config import CacheConfig
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -93,6 +95,24 @@ class ModelSpec:
             problem = f"the model has {self.num_heads} query heads, and every tensor-parallel rank needs one"
             remedy = f"Use at most {self.num_heads}; give further devices to parallel.lp."
             raise ConfigError("parallel.tp", tp, problem, remedy)
+
+    def check_cache(self, cache: CacheConfig) -> None:
+        """Raises ConfigError if the model cannot be run under this cache policy."""
+        for layer in cache.full_layers or ():
+            if not -self.num_layers <= layer < self.num_layers:
+                remedy = f"Name layers from {-self.num_layers} to {self.num_layers - 1}."
+                problem = f"the model has {self.num_layers} layers"
+                raise ConfigError("cache.full_layers", list(cache.full_layers or ()), problem, remedy)
+        if cache.positions != "slot" or cache.size is None:
+            return
+        remedy = "Set cache.positions to original."
+        if self.rope.dynamic is not None:
+            problem = "dynamic RoPE scaling depends on positions in the text"
+            raise ConfigError("cache.positions", "slot", problem, remedy)
+        windows = [window for window in self.sliding_windows if window is not None]
+        if windows and cache.size > min(windows):
+            problem = f"the cache's {cache.size} tokens exceed the model's own sliding window of {min(windows)}"
+            raise ConfigError("cache.positions", "slot", problem, f"Make the cache smaller. {remedy}")
 
     @classmethod
     def from_hf_config(cls, config: PretrainedConfig, generation: GenerationConfig | None = None) -> ModelSpec:

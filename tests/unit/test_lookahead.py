@@ -15,6 +15,7 @@ from runtime.lookahead.sources import SuffixSource
 from runtime.lookahead.tree import CandidateTree
 from runtime.lookahead.window import Window
 from runtime.request import Request
+from runtime.retention import LayerGroup, Ledger, Sliding
 from runtime.step import Choose
 
 
@@ -42,7 +43,8 @@ def choose_all(rows: SequenceRows, cached: list[int]) -> list[int]:
 def decode(lookahead: LookaheadConfig, prompt: list[int], count: int, max_chain: int = 4, room: int = 1000):
     """The tokens a Sequence emits under the toy model, and its steps."""
     sampling = SamplingParams(max_new_tokens=count)
-    sequence = Sequence(Request("r", tuple(prompt), sampling, lookahead), slot=0)
+    ledger = Ledger([LayerGroup((0,), lambda: Sliding(None, 1000, slot=False))], capacity=1000)
+    sequence = Sequence(Request("r", tuple(prompt), sampling, lookahead), 0, ledger, eos_token_ids=())
     output: list[int] = []
     while len(output) < count:
         cached = sequence.text[: sequence.num_cached]
@@ -51,7 +53,7 @@ def decode(lookahead: LookaheadConfig, prompt: list[int], count: int, max_chain:
             rows.positions[i] == (rows.positions[p] if p >= 0 else len(cached) - 1) + 1
             for i, p in enumerate(rows.parents)
         )
-        output += sequence.accept(choose_all(rows, cached), 0.0)
+        output += sequence.accept(choose_all(rows, cached), 0.0)[0]
     return output[:count], sequence.usage.num_steps
 
 
@@ -131,11 +133,11 @@ def test_pool_keeps_the_g_most_recent_ngrams_of_a_first_token():
 def test_suffix_prefers_long_then_recent_matches():
     text = [1, 2, 3, 7, 9, 2, 3, 8, 1, 2, 3]
     source = SuffixSource(LookaheadConfig(sources=("suffix",)), text)
-    source.observe(text, len(text))
+    source.observe(text, len(text), is_prompt=True)
     proposals = [candidate[0] for candidate in source.propose(text)]
     assert proposals == [7, 8]  # after [1, 2, 3]; then after [2, 3]
     text += [7]
-    source.observe(text, 1)
+    source.observe(text, 1, is_prompt=False)
     assert next(source.propose(text))[0] == 9
 
 
@@ -143,7 +145,7 @@ def test_tree_stores_shared_prefixes_once_and_walks_the_longest_path():
     rows = SequenceRows(first_position=0)
     rows.add_chain([5], reaches_end=True)
     tree = CandidateTree(rows)
-    tree.grow([iter([(1, 2, 3), (1, 4), (1, 2, 9)])], room=100)
+    tree.grow([iter([(1, 2, 3), (1, 4), (1, 2, 9)])], room=100, horizon=100)
     assert rows.tokens == [5, 1, 2, 3, 4, 9]
     assert rows.parents == [-1, 0, 1, 2, 1, 2]
     chosen = [1, 2, 9, 0, 0, 6]
@@ -154,7 +156,7 @@ def test_tree_stores_shared_prefixes_once_and_walks_the_longest_path():
 def test_tree_takes_turns_between_sources_within_its_room():
     rows = SequenceRows(first_position=0)
     rows.add_chain([5], reaches_end=True)
-    CandidateTree(rows).grow([iter([(1, 2), (3, 4)]), iter([(6, 7)])], room=5)
+    CandidateTree(rows).grow([iter([(1, 2), (3, 4)]), iter([(6, 7)])], room=5, horizon=100)
     assert rows.tokens[1:] == [1, 2, 6, 7, 3]
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from runtime.cache import KVCache
 from runtime.mesh import Mesh
 from runtime.model.attention import RowBatch, ancestry
 from runtime.model.layers import Linear, RMSNorm, VocabParallelEmbedding, activate
 from runtime.model.rotary import Rotary, pairs_adjacent
 from runtime.model.shard import HeadShard, split
 from runtime.model.spec import ACTIVATIONS, RopeSpec
+from runtime.retention import Sliding
 
 SMOLLM2 = {"qkv": (960, 576), "output": (576, 576), "gate_up": (3072, 576), "down": (576, 1536), "head": (4000, 576)}
 
@@ -101,34 +101,36 @@ def test_ancestry_of_a_tree_and_of_a_chain() -> None:
         ancestry(np.array([-1, 1]))
 
 
+def everything(num_tokens: int) -> Sliding:
+    """The full policy with some tokens stored."""
+    retained = Sliding(None, 20, slot=False)
+    retained.commit(range(num_tokens))
+    return retained
+
+
 def test_segments_and_sliding_window_masks() -> None:
-    cache = KVCache(3, 1, 1, 2, 20, 8, torch.float32, torch.device("cpu"))
-    cache.lengths = [0, 4, 6]
     batch = RowBatch.build(
         tokens=np.arange(5),
         positions=np.array([6, 7, 7, 4, 5]),
         parents=np.array([-1, 0, 0, -1, 3]),
         slots=np.array([2, 2, 2, 1, 1]),
         rope_lengths=np.zeros(5),
-        cache=cache,
+        device=torch.device("cpu"),
     )
-    assert [(s.slot, s.start, s.stop, s.cached) for s in batch.segments] == [(2, 0, 3, 6), (1, 3, 5, 4)]
-    first, bias = batch.segments[0].bias(None)
-    assert first == 6 and (bias == 0).tolist() == [[True, False, False], [True, True, False], [True, False, True]]
-    first, bias = batch.segments[0].bias(3)  # a query at p sees keys at p-2, p-1 and p
-    assert [np.flatnonzero(row).tolist() for row in (bias == 0).numpy()] == [[4, 5, 6], [5, 6, 7], [5, 6, 8]]
-    assert first == 0
-    first, bias = batch.segments[1].bias(6)  # positions 0..5 are all within 6 of 5: the window cuts nothing
-    assert first == 4 and bias.shape == (2, 2)
+    assert [(s.slot, s.start, s.stop) for s in batch.segments] == [(2, 0, 3), (1, 3, 5)]
+    sees = batch.segments[0].sees(everything(6), None)
+    assert [np.flatnonzero(row).tolist() for row in sees[:, 6:]] == [[0], [0, 1], [0, 2]] and sees[:, :6].all()
+    sees = batch.segments[0].sees(everything(6), 3)  # a query at p sees keys at p-2, p-1 and p
+    assert [np.flatnonzero(row).tolist() for row in sees] == [[4, 5, 6], [5, 6, 7], [5, 6, 8]]
+    sees = batch.segments[1].sees(everything(4), 6)  # positions 0..5 are all within 6 of 5: the window cuts nothing
+    assert sees[:, :4].all() and sees.shape == (2, 6)
 
 
 def test_a_single_row_needs_no_mask() -> None:
-    cache = KVCache(1, 1, 1, 2, 20, 8, torch.float32, torch.device("cpu"))
-    cache.lengths = [9]
     one = np.array([0])
-    batch = RowBatch.build(one, np.array([9]), np.array([-1]), one, one, cache)
-    assert batch.segments[0].bias(None) is None and batch.segments[0].bias(10) is None
-    assert batch.segments[0].bias(9) is not None
+    batch = RowBatch.build(one, np.array([9]), np.array([-1]), one, one, torch.device("cpu"))
+    assert batch.segments[0].sees(everything(9), None) is None and batch.segments[0].sees(everything(9), 10) is None
+    assert batch.segments[0].sees(everything(9), 9) is not None
 
 
 def test_rotation_keeps_distances_at_millions_of_tokens() -> None:

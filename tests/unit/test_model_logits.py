@@ -76,7 +76,7 @@ def test_committed_tree_path_continues_like_a_plain_sequence(tmp_path: Path, var
     prompt = some_tokens(11, seed=5)
     runner.extend(prompt)
     runner.rows([3, 50, 60, 4, 61, 5], parents=[-1, 0, 0, 1, 2, 3])
-    runner.cache.commit(0, [0, 1, 3, 5])
+    runner.commit([0, 1, 3, 5], [3, 50, 4, 5])
     accepted = [3, 50, 4, 5]
     logits = runner.rows([8, 9])
     assert difference(logits, reference(model, prompt + accepted + [8, 9])[-2:]) < TOLERANCE
@@ -143,7 +143,7 @@ def test_embedded_model_rows_are_bit_identical_in_steps_of_any_size() -> None:
     singles = []
     for token in chain:
         singles.append(runner.rows([token, token], parents=[-1, -1])[0])
-        runner.cache.commit(0, [0])
+        runner.commit([0], [token])
     rng = np.random.default_rng(3)
     for count in (5, 17, 64):
         for depth in (3, count):

@@ -168,6 +168,112 @@ def test_chat_follows_the_template(byte_level: Tokenizer) -> None:
     assert byte_level.encode_chat(messages) == byte_level.encode(text)
 
 
+@pytest.mark.parametrize("ended", [True, False], ids=["stopped", "cut short"])
+@pytest.mark.parametrize("said", ["Hello there.", "a line\n", "Answer0", "é 漢字 👋"])
+def test_a_turn_continues_a_conversation_as_the_whole_of_it_is_encoded(
+    byte_level: Tokenizer, said: str, ended: bool
+) -> None:
+    first, then = {"role": "user", "content": "Hi"}, {"role": "user", "content": f"And then, {said}?"}
+    (end,) = byte_level.encode("<|im_end|>")
+    answer = byte_level.encode(said) + [end] * ended
+    turn = byte_level.encode_turn([then], after=answer[-1])
+    assert (turn[0] == end) is not ended
+    whole = byte_level.encode_chat([first, {"role": "assistant", "content": said}, then])
+    assert byte_level.encode_chat([first]) + answer + turn == whole
+
+
+def test_a_turn_may_have_several_messages(byte_level: Tokenizer) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    text = "\n<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert byte_level.encode_turn(messages, after=2) == byte_level.encode(text)
+    assert byte_level.encode_turn(messages, after=None) == [2, *byte_level.encode(text)]
+
+
+LLAMA_2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content.strip() }} [/INST]"
+    "{% else %} {{ m.content.strip() }} </s>{% endif %}{% endfor %}"
+)
+
+
+def test_a_turn_in_a_template_that_strips_and_pads(byte_fallback: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(byte_fallback._tokenizer, "chat_template", LLAMA_2)
+    turn = byte_fallback.encode_turn([{"role": "user", "content": " a fox "}], after=2)
+    assert turn == byte_fallback.encode("<s>[INST] a fox [/INST]", add_special_tokens=False)
+    unended = byte_fallback.encode_turn([{"role": "user", "content": "a fox"}], after=turn[-1])
+    assert unended[-len(turn) - 1 :] == [2, *turn] and byte_fallback.decode(unended[: -len(turn) - 1]).strip() == ""
+
+
+def test_a_turn_in_a_template_without_end_of_turn(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    monkeypatch.setattr(byte_level._tokenizer, "chat_template", template)
+    (newline,) = byte_level.encode("\n")
+    for after in (2, newline):
+        turn = byte_level.encode_turn([{"role": "user", "content": "Hi"}], after)
+        assert byte_level.decode(turn) == "\nuser: Hi\n"
+
+
+def test_a_template_that_drops_answers_cannot_continue(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(byte_level._tokenizer, "chat_template", "{{ messages[-1].content }}")
+    with pytest.raises(InvalidRequestError, match="earlier answers.*plain text"):
+        byte_level.encode_turn([{"role": "user", "content": "Hi"}], None)
+
+
+def test_text_without_the_automatic_special_tokens(byte_level: Tokenizer, tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_str(byte_level._tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.encode("Hi") == [1, *byte_level.encode("Hi")]
+    assert tokenizer.encode("Hi", add_special_tokens=False) == byte_level.encode("Hi")
+
+
+def test_the_separators_of_the_paper(byte_level: Tokenizer, byte_fallback: Tokenizer) -> None:
+    ids = byte_level.separator_ids("paper")
+    assert sorted(byte_level.decode([token_id]) for token_id in ids) == sorted(".,?!;: \t\n")
+    assert list(ids) == sorted(ids)
+    # "." and "," are pieces and bytes, " " is a piece (▁) and a byte, and the others are bytes.
+    pieces = [259, *(byte_fallback._tokenizer.convert_tokens_to_ids(piece) for piece in ".,")]
+    assert byte_fallback.separator_ids("paper") == tuple(sorted([3 + byte for byte in b".,?!;: \t\n"] + pieces))
+
+
+def test_merged_separators_are_several_in_a_row(byte_level: Tokenizer) -> None:
+    merged = set(byte_level.separator_ids("paper", merged=True)) - set(byte_level.separator_ids("paper"))
+    texts = {byte_level.decode([token_id]) for token_id in merged}
+    assert {"\n\n", "...", " ,", "?!"} <= texts
+    everything = (byte_level.decode([token_id]) for token_id in range(byte_level.vocab_size))
+    assert texts == {text for text in everything if len(text) > 1 and set(text) <= set(".,?!;: \t\n")}
+
+
+def test_separators_by_text_and_by_id(byte_level: Tokenizer) -> None:
+    (comma,) = byte_level.encode(",")
+    assert byte_level.separator_ids([",", "<|im_end|>"]) == (2, comma)
+    assert byte_level.separator_ids([comma, 2, comma]) == (2, comma)
+    assert byte_level.separator_ids([" the"]) == tuple(byte_level.encode(" the"))
+    ands = byte_level.separator_ids([" ", " and"], merged=True)
+    assert set(byte_level.encode(" and") + byte_level.encode("    ")) <= set(ands)
+    assert not set(byte_level.encode("and") + byte_level.encode("dan")) & set(ands)
+
+
+@pytest.mark.parametrize(
+    ("separators", "named"),
+    [
+        ([".", "two words"], "two words"),
+        ([""], "''"),
+        ([3, 49152], "49152"),
+        ([-1], "-1"),
+        ([], "[]"),
+        ("comma", "comma"),
+    ],
+)
+def test_separators_that_are_no_token_are_named(byte_level: Tokenizer, separators: list, named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        byte_level.separator_ids(separators)
+    assert caught.value.field == "cache.separators" and named in str(caught.value) and caught.value.remedy
+
+
 @pytest.mark.parametrize(
     ("messages", "field"),
     [
@@ -182,9 +288,10 @@ def test_chat_follows_the_template(byte_level: Tokenizer) -> None:
     ],
 )
 def test_malformed_messages_are_refused_by_name(byte_level: Tokenizer, messages: list, field: str) -> None:
-    with pytest.raises(InvalidRequestError) as caught:
-        byte_level.encode_chat(messages)
-    assert caught.value.field == field and caught.value.remedy
+    for encode in (byte_level.encode_chat, lambda messages: byte_level.encode_turn(messages, 2)):
+        with pytest.raises(InvalidRequestError) as caught:
+            encode(messages)
+        assert caught.value.field == field and caught.value.remedy
 
 
 def test_half_a_surrogate_pair_is_refused(byte_level: Tokenizer) -> None:

@@ -1,0 +1,113 @@
+"""Log-probabilities of a given text under a cache policy, in one process: what benchmarks of quality rest on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from runtime.config import CacheConfig, Config
+from runtime.mesh import Mesh
+from runtime.model.attention import RowBatch
+from runtime.model.loader import load_decoder, load_spec, resolve_model
+from runtime.retention import Ledger, layer_groups, with_separator_ids
+from runtime.tokenizer import Tokenizer
+from runtime.worker import pick_device
+
+HEAD_ROWS = 64
+"""Rows whose logits are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely the tokens of a text were to the model, and what the cache kept of it."""
+
+    log_probs: NDArray[np.float64]
+    """[n - 1] of token i + 1, given tokens 0 .. i as far as the policy keeps them."""
+    kept_last: float
+    kept_sum: float
+    """Kept KV, as in runtime.request.Usage."""
+    seconds: float
+
+
+class Scorer:
+    """Reads texts through a cache policy, in chunks; the result is that of token-by-token decoding."""
+
+    def __init__(self, config: Config, chunk: int = 512, weights_of: Scorer | None = None) -> None:
+        """`chunk`: most tokens at a time; `weights_of`: another scorer of the same model, whose weights to share.
+
+        Raises ConfigError where the configuration cannot be run.
+        """
+        self.config, self.chunk = config, chunk
+        self.directory = resolve_model(config.model.path)
+        if weights_of is None:
+            self.spec = load_spec(self.directory)
+            self.tokenizer = Tokenizer(self.directory)
+            mesh = Mesh(device=pick_device(config, 0))
+            self.decoder = load_decoder(self.directory, self.spec, mesh, getattr(torch, config.model.dtype))
+        else:
+            self.spec, self.tokenizer, self.decoder = weights_of.spec, weights_of.tokenizer, weights_of.decoder
+        self.spec.check_cache(config.cache)
+        cache = with_separator_ids(config.cache, self.tokenizer)
+        self.groups = layer_groups(cache, self.spec.num_layers, cache.slot_capacity(self.spec.max_positions))
+        self.caches = self.decoder.make_caches(self.groups, num_slots=1, max_staged=chunk)
+        self.reset()
+
+    def with_policy(self, cache: CacheConfig) -> Scorer:
+        """A scorer for another policy that shares the weights."""
+        return Scorer(self.config.model_copy(update={"cache": cache}), self.chunk, weights_of=self)
+
+    def reset(self) -> None:
+        """Forget the text."""
+        self.ledger = Ledger(self.groups, None)
+        for cache in self.caches:
+            cache.reset(0)
+
+    @torch.inference_mode()
+    def score(self, token_ids: Sequence[int], on_progress: Callable[[int], object] | None = None) -> Score:
+        """Read a text from its start. `on_progress` is told how many tokens have been read so far."""
+        started = time.perf_counter()
+        self.reset()
+        ledger = self.ledger
+        ids = np.asarray(token_ids, np.int64)
+        log_probs = [np.empty(0)]
+        while ledger.length < len(ids):
+            start = ledger.length
+            stop = min(start + self.chunk, ledger.horizon, len(ids))
+            hidden = self.read(ids[start:stop])
+            targets = ids[start + 1 : stop + 1]
+            log_probs.append(self._log_probs(hidden[: len(targets)], targets))
+            if on_progress is not None:
+                on_progress(stop)
+        return Score(np.concatenate(log_probs), ledger.kept_last, ledger.kept_sum, time.perf_counter() - started)
+
+    @torch.inference_mode()
+    def read(self, ids: NDArray[np.int64]) -> torch.Tensor:
+        """Put the next tokens of the text into the cache, none beyond the policy's horizon; their hidden states."""
+        rows = np.arange(len(ids))
+        batch = RowBatch.build(
+            tokens=ids,
+            positions=self.ledger.length + rows,
+            parents=rows - 1,
+            slots=np.zeros_like(rows),
+            rope_lengths=np.ones_like(rows),
+            device=self.decoder.mesh.device,
+        )
+        hidden = self.decoder.forward(batch, self.caches)
+        for cache in self.caches:
+            cache.commit(0, rows.tolist(), ids.tolist())
+        self.ledger.commit(ids.tolist())
+        return hidden
+
+    def _log_probs(self, hidden: torch.Tensor, targets: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Of `targets` [t], the tokens that follow the rows of `hidden` [t, D]."""
+        found = []
+        for rows, wanted in zip(hidden.split(HEAD_ROWS), torch.from_numpy(targets).split(HEAD_ROWS), strict=True):
+            logits = self.decoder.logits(rows)
+            chosen = logits.gather(1, wanted.to(logits.device)[:, None])[:, 0]
+            found.append((chosen - logits.logsumexp(1)).double().cpu().numpy())
+        return np.concatenate(found) if found else np.empty(0)
