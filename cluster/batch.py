@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.backends import Backend
-from cluster.client import Chunk
+from cluster.chunks import Chunk
 from runtime.config import SamplingParams
 from runtime.errors import ConfigError, InvalidRequestError, OutriderError
 
@@ -183,6 +183,9 @@ def answer(chunks: Sequence[Chunk]) -> dict[str, Any]:
         "rows_per_step": usage.rows_per_step,
         "ttft_s": usage.ttft_s,
         "latency_s": usage.latency_s,
+        "num_seen_tokens": usage.num_seen_tokens,
+        "kept_last": usage.kept_last,
+        "kept_sum": usage.kept_sum,
     }
 
 

@@ -14,6 +14,7 @@ import typer
 
 from cluster.options import (
     AddressOption,
+    ColorOption,
     ConfigOption,
     JsonOption,
     LookaheadOption,
@@ -66,10 +67,7 @@ def generate(
     set_: SetOption = None,
     chat: Annotated[bool, typer.Option("--chat/--raw", help="A message in the chat template, or raw text.")] = True,
     lookahead: LookaheadOption = None,
-    color: Annotated[
-        bool | None,
-        typer.Option("--color/--no-color", help="Tokens accepted in parallel in colour.", show_default="on a terminal"),
-    ] = None,
+    color: ColorOption = None,
     as_json: JsonOption = False,
     *,
     sampling: dict[str, Any],
@@ -100,6 +98,39 @@ def generate(
         else:
             print()
             print(terminal.summary(usage), file=sys.stderr)
+
+
+@app.command()
+@with_sampling
+def chat(
+    address: AddressOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message to begin with.")] = None,
+    lookahead: LookaheadOption = None,
+    color: ColorOption = None,
+    *,
+    sampling: dict[str, Any],
+) -> None:
+    """Talk with the model: one line a turn; earlier turns stay in the cache, and nothing is computed again.
+
+    Answers go to standard output, figures to standard error. Ctrl-C stops an answer, Ctrl-D ends, /help lists the
+    commands. Lines may also be piped in. Under cache policy full a conversation ends when it fills its cache; with
+    --set cache.policy=sink, or sep, it may go on for ever.
+    """
+    from cluster import chat as chats
+    from cluster import terminal
+
+    backend, defaults = _backend(address, config, set_ or (), lookahead)
+    with closing(backend):
+        chats.Chat(
+            backend,
+            sampling=defaults["sampling"] | sampling,
+            lookahead=defaults["lookahead"],
+            system=system,
+            color=terminal.wants_color(sys.stdout, color),
+            interactive=sys.stdin.isatty(),
+        ).run(chats.make_reader())
 
 
 @app.command(name="batch")

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import processes, terminal
-from cluster.client import Chunk, Client
+from cluster.chunks import Chunk
+from cluster.client import Client
 from runtime.errors import OutriderError
 from runtime.request import Usage
 from runtime.tokenizer import Tokenizer

@@ -29,6 +29,10 @@ AddressOption = Annotated[
 LookaheadOption = Annotated[
     bool | None, typer.Option("--lookahead/--no-lookahead", help="Shorthand for lookahead.enabled.")
 ]
+ColorOption = Annotated[
+    bool | None,
+    typer.Option("--color/--no-color", help="Tokens accepted in parallel in colour.", show_default="on a terminal"),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 PER_REQUEST_SECTIONS = ("sampling", "lookahead")

@@ -7,23 +7,24 @@ import dataclasses
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import NoReturn
+from contextlib import aclosing
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster import wire
+from cluster import calls, wire
+from cluster.converse import Conversation
 from cluster.pb.outrider.v1 import generation_pb2_grpc as pb_grpc
 from runtime.config import Config
 from runtime.engine import Engine
-from runtime.errors import ConfigError, FieldError, ResourceExhaustedError, WorkerError
-from runtime.loop import DuplicateRequestError, EngineLoop
+from runtime.errors import ConfigError, FieldError, WorkerError
+from runtime.loop import EngineLoop
 from runtime.pb.outrider.v1 import generation_pb2 as pb
-from runtime.request import FinishReason, Request, StepOutput
-from runtime.tokenizer import Detokenizer
+from runtime.request import FinishReason, Request
 
 log = logging.getLogger(__name__)
 
@@ -43,20 +44,6 @@ _OPTIONS = [
 ]
 
 
-def status_of(error: Exception) -> grpc.StatusCode:
-    """The status code of what went wrong; INTERNAL is a defect."""
-    match error:
-        case DuplicateRequestError():
-            return grpc.StatusCode.ALREADY_EXISTS
-        case ResourceExhaustedError():
-            return grpc.StatusCode.RESOURCE_EXHAUSTED
-        case FieldError():
-            return grpc.StatusCode.INVALID_ARGUMENT
-        case WorkerError():
-            return grpc.StatusCode.UNAVAILABLE
-    return grpc.StatusCode.INTERNAL
-
-
 class GenerationService(pb_grpc.GenerationServiceServicer):
     """Text in, text out; everything between is the loop's."""
 
@@ -67,20 +54,15 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self._num_refused = 0
         self._draining = False
         self._live: set[asyncio.Task[object]] = set()
+        self._conversations: set[Conversation] = set()
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        task = asyncio.current_task()
-        assert task is not None
-        self._live.add(task)
-        task.add_done_callback(self._live.discard)
-        try:
-            async with asyncio.timeout(context.time_remaining()) as deadline:
-                await self._generate(request, context)
-        except Exception as error:
-            if deadline.expired():
-                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the last token")
-            self._num_refused += isinstance(error, FieldError)
-            await _abort(context, error)
+        await self._carry_out(self._generate(request, context), context)
+
+    async def Converse(  # noqa: N802
+        self, request_iterator: AsyncIterable[pb.ConverseRequest], context: grpc.aio.ServicerContext
+    ) -> None:
+        await self._carry_out(self._converse(request_iterator, context), context)
 
     async def GetServerInfo(  # noqa: N802
         self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
@@ -89,71 +71,65 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             wire.refuse_unknown_fields(request)
             return wire.server_info(self._engine, self._loop, self._num_refused)
         except Exception as error:
-            await _abort(context, error)
+            await calls.abort(context, error)
 
     async def drain(self, grace_s: float) -> None:
-        """Refuse new requests and wait, at most `grace_s` seconds, until the streams have ended."""
+        """Refuse new requests and turns, and wait, at most `grace_s` seconds, until the streams have ended."""
         self._draining = True
+        for conversation in self._conversations:
+            conversation.drain()
         if self._live:
             await asyncio.wait(self._live, timeout=grace_s)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False)
 
+    async def _carry_out(self, call: Coroutine[Any, Any, None], context: grpc.aio.ServicerContext) -> None:
+        """Await a call's work within its deadline, and end it with a status if it fails."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._live.add(task)
+        task.add_done_callback(self._live.discard)
+        try:
+            async with asyncio.timeout(context.time_remaining()) as deadline:
+                await call
+        except Exception as error:
+            if deadline.expired():
+                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the last token")
+            self._num_refused += isinstance(error, FieldError)
+            await calls.abort(context, error)
+
     async def _generate(self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         arrival_s = time.perf_counter()
+        self._refuse_while_draining()
+        request = await asyncio.get_running_loop().run_in_executor(self._threads, self._read, message)
+        request = dataclasses.replace(request, arrival_s=arrival_s)
+        async with aclosing(calls.answer(self._loop, self._engine.tokenizer, request)) as outputs:
+            async for output, text in outputs:
+                if output.finish_reason is FinishReason.CANCELLED:
+                    # A client that cancels does not get here; this is `GenerationServer.stop`.
+                    raise WorkerError("the server shut down before the text had ended")
+                await context.write(wire.response(output, text))
+
+    async def _converse(self, requests: AsyncIterable[pb.ConverseRequest], context: grpc.aio.ServicerContext) -> None:
+        self._refuse_while_draining()
+        conversation = Conversation(self._engine, self._loop, self._threads, context)
+        self._conversations.add(conversation)
+        try:
+            await conversation.run(requests)
+        finally:
+            self._conversations.discard(conversation)
+
+    def _refuse_while_draining(self) -> None:
         if self._draining:
             raise WorkerError("the server is shutting down")
-        events = asyncio.get_running_loop()
-        request = await events.run_in_executor(self._threads, self._read, message)
-        request = dataclasses.replace(request, arrival_s=arrival_s)
-        # At most max_new_tokens outputs ever wait here, so a slow reader holds up nobody but itself.
-        outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
-        ended = False
-
-        def on_output(output: StepOutput) -> None:
-            nonlocal ended
-            ended = output.finish_reason is not None
-            events.call_soon_threadsafe(outputs.put_nowait, output)
-
-        self._loop.submit(request, on_output)
-        try:
-            await self._stream(outputs, context)
-        finally:
-            if not ended:  # else its id may be another's by now
-                self._loop.cancel(request.request_id)
 
     def _read(self, message: pb.GenerateRequest) -> Request:
         wire.refuse_unknown_fields(message)
-        prompt, request_id = wire.read_prompt(message), wire.read_request_id(message)
+        prompt, request_id = wire.read_prompt(message), wire.read_id(message, "request_id")
         sampling = wire.read_sampling(message, self._engine.config.sampling)
         lookahead = wire.read_lookahead(message, self._engine.config.lookahead)
         return self._engine.make_request(prompt, sampling, lookahead, request_id)
-
-    async def _stream(self, outputs: asyncio.Queue[StepOutput], context: grpc.aio.ServicerContext) -> None:
-        detokenizer = Detokenizer(self._engine.tokenizer)
-        ended = False
-        while not ended:
-            output = await outputs.get()
-            if output.finish_reason is FinishReason.CANCELLED:
-                # A client that cancels does not get here; this is `GenerationServer.stop`.
-                raise WorkerError("the server shut down before the text had ended")
-            if output.finish_reason is FinishReason.ERROR:
-                failed = isinstance(self._loop.failed, WorkerError)
-                raise WorkerError(output.error) if failed else RuntimeError(output.error)
-            ended = output.finish_reason is not None
-            text = detokenizer.push(output.text_ids) + (detokenizer.flush() if ended else "")
-            await context.write(wire.response(output, text))
-
-
-async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
-    code = status_of(error)
-    text = str(error)
-    if code is grpc.StatusCode.INTERNAL:
-        log.error("a request failed", exc_info=error)
-        text = f"internal error ({type(error).__name__}: {error}); the server's log has the details"
-    await context.abort(code, text)
-    raise AssertionError("abort raises")
 
 
 class GenerationServer:

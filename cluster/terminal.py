@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, TextIO
 
-from cluster.client import Chunk
+from cluster.chunks import Chunk
 from runtime.request import FinishReason, Usage
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,22 @@ from typing import Any
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from cluster.client import num_accepted
+from cluster.chunks import num_accepted
 from runtime.config import Config, LookaheadConfig, SamplingParams
 from runtime.engine import Engine, Prompt
 from runtime.errors import InvalidRequestError
-from runtime.loop import EngineLoop
+from runtime.loop import EngineLoop, LoopStats
 from runtime.model.spec import ModelSpec
 from runtime.pb.outrider.v1 import generation_pb2 as pb
 from runtime.request import FinishReason, StepOutput, Usage
 
-MAX_REQUEST_ID_LENGTH = 128
+MAX_ID_LENGTH = 128
 
 _FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
 }
 
 
@@ -44,7 +46,7 @@ def refuse_unknown_fields(message: Message, path: str = "") -> None:
             refuse_unknown_fields(value, name)
 
 
-def read_prompt(request: pb.GenerateRequest) -> Prompt:
+def read_prompt(request: pb.GenerateRequest | pb.Turn) -> Prompt:
     """The prompt as `Engine.make_request` takes it. Raises InvalidRequestError if it is missing or empty."""
     kind = request.WhichOneof("prompt")
     if kind is None:
@@ -61,22 +63,23 @@ def read_prompt(request: pb.GenerateRequest) -> Prompt:
     return prompt
 
 
-def read_request_id(request: pb.GenerateRequest) -> str | None:
+def read_id(request: Message, field: str) -> str | None:
     """The id that the client chose, if it did. Raises InvalidRequestError."""
-    if not request.HasField("request_id"):
+    if not request.HasField(field):
         return None
-    if not 1 <= len(request.request_id) <= MAX_REQUEST_ID_LENGTH:
-        remedy = f"Give 1 to {MAX_REQUEST_ID_LENGTH} characters, or leave it out."
-        raise InvalidRequestError("request_id", request.request_id, "is empty or too long", remedy)
-    return request.request_id
+    name = str(getattr(request, field))
+    if not 1 <= len(name) <= MAX_ID_LENGTH:
+        remedy = f"Give 1 to {MAX_ID_LENGTH} characters, or leave it out."
+        raise InvalidRequestError(field, name, "is empty or too long", remedy)
+    return name
 
 
-def read_sampling(request: pb.GenerateRequest, defaults: SamplingParams) -> SamplingParams:
+def read_sampling(request: pb.GenerateRequest | pb.Turn, defaults: SamplingParams) -> SamplingParams:
     """`defaults` with the fields that the client set. Raises InvalidRequestError naming the field."""
     return defaults.merged(_set_fields(request.sampling), prefix="sampling.")
 
 
-def read_lookahead(request: pb.GenerateRequest, defaults: LookaheadConfig) -> LookaheadConfig:
+def read_lookahead(request: pb.GenerateRequest | pb.Turn, defaults: LookaheadConfig) -> LookaheadConfig:
     """`defaults` with the fields that the client set. Raises InvalidRequestError naming the field."""
     return defaults.merged(_set_fields(request.lookahead), prefix="lookahead.")
 
@@ -88,15 +91,21 @@ def _set_fields(message: Message) -> dict[str, Any]:
 
 def response(output: StepOutput, text: str) -> pb.GenerateResponse:
     """One step's tokens; `output` must not have ended in cancellation or failure (those are statuses)."""
-    last = output.finish_reason is not None
-    return pb.GenerateResponse(
-        request_id=output.request_id,
-        text=text,
-        token_ids=output.token_ids,
-        num_accepted=num_accepted(output),
-        finish_reason=_FINISH_REASONS[output.finish_reason],
-        usage=_usage(output.usage) if last else None,
-    )
+    return pb.GenerateResponse(request_id=output.request_id, text=text, **_step(output))
+
+
+def converse_response(session_id: str, turn_index: int, output: StepOutput, text: str) -> pb.ConverseResponse:
+    """One step's tokens of a turn; `output` must not have ended in failure (that is a status)."""
+    return pb.ConverseResponse(session_id=session_id, turn_index=turn_index, text=text, **_step(output))
+
+
+def _step(output: StepOutput) -> dict[str, Any]:
+    return {
+        "token_ids": output.token_ids,
+        "num_accepted": num_accepted(output),
+        "finish_reason": _FINISH_REASONS[output.finish_reason],
+        "usage": _usage(output.usage) if output.finish_reason is not None else None,
+    }
 
 
 def _usage(usage: Usage) -> pb.Usage:
@@ -109,6 +118,9 @@ def _usage(usage: Usage) -> pb.Usage:
         rows_per_step=usage.rows_per_step,
         ttft_s=usage.ttft_s,
         latency_s=usage.latency_s,
+        kept_last=usage.kept_last,
+        kept_sum=usage.kept_sum,
+        num_seen_tokens=usage.num_seen_tokens,
     )
 
 
@@ -139,6 +151,16 @@ def server_info(engine: Engine, loop: EngineLoop, num_refused: int) -> pb.GetSer
             seconds_by_phase=dict(stats.seconds),
             uptime_s=live.uptime_s,
         ),
+        cache=cache_info(engine, live),
+    )
+
+
+def cache_info(engine: Engine, live: LoopStats) -> pb.CacheInfo:
+    """What sequences keep, what that takes, and who holds it now."""
+    return pb.CacheInfo(
+        **dataclasses.asdict(engine.cache_report()),
+        max_sessions=engine.config.scheduler.session_limit,
+        num_sessions=live.num_sessions,
     )
 
 

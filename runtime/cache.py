@@ -35,7 +35,8 @@ class KVCache:
     """One buffer [num_slots, num_layers, 2, num_kv_heads, max_stored + max_staged, head_dim].
 
     Tokens stand in the order of their positions, without gaps, their keys rotated at their own positions,
-    or, where retention counts anchors by their slots, at those. On the CPU its pages get memory only when
+    or, where retention moves anchors to other slots, at those; such keys are kept as they were stored,
+    too, so that turning them again and again adds up no rounding. On the CPU pages get memory only when
     they are first written, so a large capacity costs nothing until sequences are that long.
     """
 
@@ -63,6 +64,8 @@ class KVCache:
         shape = (num_slots, len(group.layers), 2, num_kv_heads, num_rows, head_dim)
         try:
             self.buffer = torch.empty(shape, dtype=dtype, device=device)
+            turned = (num_slots, len(group.layers), num_kv_heads, self.retained[0].max_turned, head_dim)
+            self.unturned = torch.empty(turned, dtype=dtype, device=device)
         except RuntimeError as error:
             size = math.prod(shape) * dtype.itemsize / 2**30
             problem = f"{num_slots} slots of that length need {size:.1f} GiB on {device}, which cannot be had"
@@ -128,13 +131,18 @@ class KVCache:
         assert self.retained[slot].num_stored <= self.retained[slot].max_stored, f"slot {slot} exceeds its capacity"
         if compaction is None:
             return
-        kept = compaction.kept.tolist()
+        kept, before, turns = compaction.kept.tolist(), compaction.num_turned_before, compaction.turns
+        unturned = self.unturned[slot, ..., : len(turns), :]
+        if len(turns):
+            earlier = sum(row < before for row in kept[: len(turns)])
+            fresh = self._read(slot, kept[earlier : len(turns)])[:, 0]
+            rows = torch.tensor(kept[:earlier], dtype=torch.long, device=self.device)
+            unturned.copy_(torch.cat([self.unturned[slot].index_select(2, rows), fresh], dim=2))
         first = next((i for i, row in enumerate(kept) if row != i), len(kept))
         if first < len(kept):
             self.buffer[slot, ..., first : len(kept), :] = self._read(slot, kept[first:])
-        if compaction.turns.any():
-            keys = self.buffer[slot, :, 0, :, : len(compaction.turns)]
-            keys.copy_(self.rotary.turn(keys, compaction.turns))
+        if len(turns):
+            self.buffer[slot, :, 0, :, : len(turns)] = self.rotary.turn(unturned, turns)
 
     def _read(self, slot: int, rows: Sequence[int]) -> torch.Tensor:
         index = torch.tensor(rows, dtype=torch.long, device=self.device)

@@ -19,7 +19,7 @@ from runtime.model.loader import load_spec, resolve_model
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.pool import ProcessPool
-from runtime.request import CacheReport, Completion, FinishReason, Request, StepOutput, Usage
+from runtime.request import CacheReport, Completion, FinishReason, Request, StepOutput
 from runtime.retention import layer_groups, with_separator_ids
 from runtime.scheduler import Scheduler, Step
 from runtime.session import Session
@@ -195,7 +195,7 @@ class Engine:
         started = time.perf_counter()
         outputs = self._drop_aborted()
         for request in self._scheduler.admit():
-            usage = Usage(num_prompt_tokens=len(request.prompt_ids))
+            usage = self._scheduler.unread(request)
             outputs.append(StepOutput(request.request_id, (), usage, FinishReason.LENGTH))
         step = self._scheduler.plan()
         if step is None:
@@ -242,18 +242,18 @@ class Engine:
         shards = (HeadShard.of(spec.num_heads, spec.num_kv_heads, rank, tp) for rank in range(tp))
         most_heads = max(shard.num_kv_heads for shard in shards)
         bytes_per_layer = 2 * most_heads * spec.head_dim * getattr(torch, config.model.dtype).itemsize
-        stored = [
-            (len(group.layers), group.new().max_stored)
+        kinds = [
+            (len(group.layers) * bytes_per_layer, group.new())
             for group in layer_groups(config.cache, spec.num_layers, self.capacity)
         ]
         return CacheReport(
             policy=" ".join(filter(None, (config.cache.policy, config.cache.design))),
             bytes_per_token=spec.num_layers * bytes_per_layer,
-            bytes_per_sequence=sum(num_layers * most for num_layers, most in stored) * bytes_per_layer,
+            bytes_per_sequence=sum(size * kind.max_stored + size // 2 * kind.max_turned for size, kind in kinds),
             bytes_staged=config.scheduler.max_rows * spec.num_layers * bytes_per_layer,
             num_slots=config.scheduler.max_sequences,
             tokens_per_sequence=self.capacity if config.cache.policy == "full" or config.cache.full_layers else None,
-            max_stored_tokens=max(most for _, most in stored),
+            max_stored_tokens=max(kind.max_stored for _, kind in kinds),
         )
 
     # The Python API

@@ -43,7 +43,10 @@ class Compaction:
     kept: Ints
     """Indices into the tokens stored before, ascending."""
     turns: Ints
-    """[a] for the first a of those kept: by how many positions their keys are to be turned."""
+    """[a] for the first a of those kept, the anchors: by how many positions their keys, as they were when they were
+    stored, are to be turned. Empty where keys stay as they are."""
+    num_turned_before: int = 0
+    """How many of the tokens stored before, the first ones, an earlier compaction has turned."""
 
 
 class Retention(ABC):
@@ -51,6 +54,8 @@ class Retention(ABC):
 
     max_stored: int
     """Most tokens that stay stored between two steps."""
+    max_turned: int = 0
+    """Most of them whose keys get turned."""
 
     def __init__(self, separators: Collection[int], num_initial: int) -> None:
         self.num_initial = num_initial
@@ -113,9 +118,9 @@ class Retention(ABC):
     def _compact_after(self, num_new: int) -> Compaction | None:
         """What is to change now that the last `num_new` tokens have been stored."""
 
-    def _keep(self, kept: Ints, turns: Ints) -> Compaction:
+    def _keep(self, kept: Ints, turns: Ints, num_turned_before: int = 0) -> Compaction:
         self.positions, self.anchored = self.positions[kept], self.anchored[kept]
-        return Compaction(kept, turns)
+        return Compaction(kept, turns, num_turned_before)
 
 
 class Sliding(Retention):
@@ -199,6 +204,7 @@ class Compacting(Retention):
         self.per_turn = per_turn
         self.limit = size + compact_after_attention
         self.max_stored = self.limit
+        self.max_turned = num_initial + max_separators if slot else 0
 
     def reset(self) -> None:
         super().reset()
@@ -247,13 +253,10 @@ class Compacting(Retention):
         return kept, num_initial + len(separators)
 
     def _compact(self, kept: Ints, num_anchors: int) -> Compaction:
-        turns = np.empty(0, np.int64)
-        if self.slot:
-            anchors = kept[:num_anchors]
-            frames = np.where(anchors < self.num_anchors, anchors, self.positions[anchors])
-            turns = np.arange(num_anchors) - frames
+        before = self.num_slot_anchors
+        turns = np.arange(num_anchors) - self.positions[kept[:num_anchors]]
         self.num_anchors = num_anchors
-        return self._keep(kept, turns)
+        return self._keep(kept, turns[: self.num_slot_anchors], before)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -93,14 +93,20 @@ class Scheduler:
 
     def drop(self, request_ids: Collection[str]) -> list[tuple[Request, Usage]]:
         """Forget these requests, wherever they are; returns those found, with what they used."""
-        dropped = [(r, Usage(num_prompt_tokens=len(r.prompt_ids))) for r in self.waiting if r.request_id in request_ids]
+        dropped = [(r, self.unread(r)) for r in self.waiting if r.request_id in request_ids]
         self.waiting = deque(r for r in self.waiting if r.request_id not in request_ids)
         for slot, sequence in list(self.running.items()):
             if sequence.request.request_id in request_ids:
                 sequence.withdraw_turn()
                 self.release(slot)
-                dropped.append((sequence.request, sequence.usage))
+                dropped.append((sequence.request, replace(sequence.usage, num_seen_tokens=sequence.ledger.length)))
         return dropped
+
+    def unread(self, request: Request) -> Usage:
+        """What a request has cost that was never run."""
+        sequence = self.sessions.get(request.session_id) if request.session_id is not None else None
+        seen = sequence.ledger.length if sequence is not None else 0
+        return Usage(num_prompt_tokens=len(request.prompt_ids), num_seen_tokens=seen)
 
     def release(self, slot: int) -> None:
         """The request in `slot` has ended; a conversation stays where it is."""

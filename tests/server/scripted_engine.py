@@ -16,7 +16,8 @@ from types import SimpleNamespace
 from runtime.config import Config, LookaheadConfig, SamplingParams
 from runtime.errors import InvalidRequestError
 from runtime.model.spec import ModelSpec, RopeSpec
-from runtime.request import FinishReason, Request, StepOutput, Usage
+from runtime.request import CacheReport, FinishReason, Request, StepOutput, Usage
+from runtime.session import Session
 
 
 class LetterTokenizer:
@@ -24,11 +25,14 @@ class LetterTokenizer:
 
     vocab_size = 0x3000
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(letter) for letter in text]
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         return self.encode("".join(f"{message['role']}:{message['content']}\n" for message in messages))
+
+    def encode_turn(self, messages: Sequence[dict[str, str]], after: int | None) -> list[int]:
+        return [ord("|"), *self.encode_chat(messages)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(token_id) for token_id in ids)
@@ -64,12 +68,15 @@ SPEC = ModelSpec(
 class _Sequence:
     request: Request
     usage: Usage
+    tokens: list[int]
+    """Of the prompt and the answer; in a conversation, of all its turns."""
 
 
 class ScriptedEngine:
     """Emits, for a prompt p0 p1 ..., the tokens p0+1, p0+2, ... in runs of one, two, three, one, ... tokens.
 
-    The first token of `stop_token_ids` that comes up is the last; max_new_tokens cuts the run.
+    The first token of `stop_token_ids` that comes up is the last; max_new_tokens cuts the run. A conversation holds all
+    tokens of its turns; once those are `capacity`, a turn gets none.
     """
 
     def __init__(self, config: Config, step_s: float = 0.0) -> None:
@@ -91,6 +98,8 @@ class ScriptedEngine:
         """What the next add_request raises."""
         self.num_heartbeats = 0
         self.step_s = step_s
+        self.sessions: dict[str, list[int]] = {}
+        """The tokens of every open conversation."""
         self._sequences: dict[str, _Sequence] = {}
         self._aborted: set[str] = set()
         self._ids = itertools.count()
@@ -101,15 +110,22 @@ class ScriptedEngine:
         sampling: SamplingParams | None = None,
         lookahead: LookaheadConfig | None = None,
         request_id: str | None = None,
+        session: Session | None = None,
     ) -> Request:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         elif prompt and isinstance(prompt[0], dict):
-            ids = self.tokenizer.encode_chat(prompt)
+            goes_on = session is not None and session.num_turns
+            ids = self.tokenizer.encode_turn(prompt, None) if goes_on else self.tokenizer.encode_chat(prompt)
         else:
             ids = list(prompt)
-        name = request_id if request_id is not None else f"scripted-{next(self._ids)}"
-        return Request(name, tuple(ids), sampling or self.config.sampling, lookahead or self.config.lookahead)
+        return Request(
+            request_id if request_id is not None else f"scripted-{next(self._ids)}",
+            tuple(ids),
+            sampling or self.config.sampling,
+            lookahead or self.config.lookahead,
+            session.session_id if session is not None else None,
+        )
 
     def validate(self, request: Request) -> None:
         for token in request.prompt_ids:
@@ -122,8 +138,27 @@ class ScriptedEngine:
         if self.refusal is not None:
             raise self.refusal
         assert request.request_id not in self._sequences
-        self._sequences[request.request_id] = _Sequence(request, Usage(num_prompt_tokens=len(request.prompt_ids)))
+        tokens: list[int] = []
+        if request.session_id is not None:
+            assert all(other.request.session_id != request.session_id for other in self._sequences.values())
+            tokens = self.sessions[request.session_id]
+        tokens += request.prompt_ids
+        usage = Usage(num_prompt_tokens=len(request.prompt_ids))
+        self._sequences[request.request_id] = _Sequence(request, usage, tokens)
         self.stats.num_requests += 1
+
+    def open_session(self, session_id: str) -> None:
+        assert session_id not in self.sessions and len(self.sessions) < self.config.scheduler.session_limit
+        self.sessions[session_id] = []
+
+    def close_session(self, session: Session) -> None:
+        del self.sessions[session.session_id]
+        for name, sequence in self._sequences.items():
+            if sequence.request.session_id == session.session_id:
+                self.abort(name)
+
+    def cache_report(self) -> CacheReport:
+        return CacheReport("full", 100, 6400, 51200, self.config.scheduler.max_sequences, self.capacity, self.capacity)
 
     def abort(self, request_id: str) -> None:
         self._aborted.add(request_id)
@@ -159,6 +194,10 @@ class ScriptedEngine:
 
     def _emit(self, sequence: _Sequence) -> StepOutput:
         request, usage = sequence.request, sequence.usage
+        held = sequence.tokens
+        if request.session_id is not None and len(held) >= self.capacity:
+            del self._sequences[request.request_id]
+            return StepOutput(request.request_id, (), usage, FinishReason.LENGTH)
         done = usage.num_new_tokens
         run = [request.prompt_ids[0] + done + 1 + index for index in range(1 + usage.num_steps % 3)]
         run = [token % LetterTokenizer.vocab_size for token in run]
@@ -168,6 +207,7 @@ class ScriptedEngine:
             run, reason = run[: stops[0] + 1], FinishReason.STOP
         if not stops and done + len(run) >= request.sampling.max_new_tokens:
             run, reason = run[: request.sampling.max_new_tokens - done], FinishReason.LENGTH
+        held += run
         now = time.perf_counter() - request.arrival_s
         sequence.usage = Usage(
             num_prompt_tokens=usage.num_prompt_tokens,
@@ -176,6 +216,9 @@ class ScriptedEngine:
             num_rows=usage.num_rows + 10,
             ttft_s=usage.ttft_s or now,
             latency_s=now,
+            num_seen_tokens=len(held),
+            kept_last=0.5,
+            kept_sum=0.75,
         )
         self.stats.num_tokens += len(run)
         if reason is not None:

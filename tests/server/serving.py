@@ -8,7 +8,7 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cluster.server import GenerationServer
+from cluster.server import GenerationServer, GenerationService
 
 
 class ServerThread:
@@ -25,6 +25,10 @@ class ServerThread:
         except BaseException:
             self._end_thread()
             raise
+
+    @property
+    def service(self) -> GenerationService:
+        return self._server._service
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._events).result(timeout=60)

@@ -76,6 +76,7 @@ def test_a_stream_has_one_response_per_step_and_the_usage_last(client: Client) -
     assert usage is not None
     assert (usage.num_prompt_tokens, usage.num_new_tokens, usage.num_steps, usage.num_rows) == (1, 9, 5, 50)
     assert usage.tokens_per_step == 9 / 5
+    assert (usage.num_seen_tokens, usage.kept_last, usage.kept_sum) == (10, 0.5, 0.75)
     assert 0 < usage.ttft_s <= usage.latency_s
 
 

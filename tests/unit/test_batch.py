@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -9,7 +10,7 @@ import time
 import pytest
 
 from cluster import batch
-from cluster.client import Chunk
+from cluster.chunks import Chunk
 from runtime.errors import ConfigError, InvalidRequestError
 from runtime.request import FinishReason, Usage
 
@@ -33,6 +34,7 @@ class Echo:
         text = prompt if isinstance(prompt, str) else json.dumps(prompt)
         time.sleep(self._delays.get(text, 0))
         usage = Usage(num_prompt_tokens=1, num_new_tokens=3, num_steps=2, num_rows=8, ttft_s=0.1, latency_s=0.2)
+        usage = dataclasses.replace(usage, num_seen_tokens=4, kept_last=0.5, kept_sum=0.75)
         yield Chunk("r", text[:1], (1, 2), 1, None, None)
         yield Chunk("r", text[1:], (3,), 0, FinishReason.STOP, usage)
         with self._lock:
@@ -64,6 +66,9 @@ def test_record_has_every_field(tmp_path):
         "rows_per_step": 4.0,
         "ttft_s": 0.1,
         "latency_s": 0.2,
+        "num_seen_tokens": 4,
+        "kept_last": 0.5,
+        "kept_sum": 0.75,
     }
     assert (totals.num_records, totals.num_errors, totals.num_tokens, totals.num_steps) == (1, 0, 3, 2)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster import cli, options, terminal
-from cluster.client import Chunk
+from cluster.chunks import Chunk
 from runtime.config import SamplingParams
 from runtime.errors import ConfigError
 from runtime.request import FinishReason
@@ -46,11 +46,11 @@ def test_help_needs_none_of_the_big_libraries():
 def test_help_lists_the_commands(outrider):
     code, out, _ = outrider("--help")
     assert code == 0
-    for command in ("serve", "generate", "batch", "doctor", "version"):
+    for command in ("serve", "generate", "chat", "batch", "doctor", "version"):
         assert f"\n  {command} " in out
 
 
-@pytest.mark.parametrize("command", ["generate", "batch"])
+@pytest.mark.parametrize("command", ["generate", "chat", "batch"])
 def test_every_sampling_parameter_is_an_option(outrider, command):
     _, out, _ = outrider(command, "--help")
     for name in SamplingParams.model_fields:
@@ -113,6 +113,7 @@ def test_batch_answers_errors_and_exit_code(outrider, model, tmp_path):
     raw, chat, ids, _, sampled = results
     assert ids["token_ids"] == raw["token_ids"][:3] and len(raw["token_ids"]) == 8
     assert chat["num_prompt_tokens"] > raw["num_prompt_tokens"] == 3  # the chat template's tokens
+    assert (raw["num_seen_tokens"], raw["kept_last"], raw["kept_sum"]) == (10, 1.0, 1.0)
     assert sampled["tokens_per_step"] == 1 and sampled["token_ids"] != raw["token_ids"]
     code, _, _ = outrider("batch", str(source), str(target), *setting, "--limit", "2")
     assert code == 0 and len(target.read_text().splitlines()) == 2

@@ -40,6 +40,11 @@ class GenerationServiceStub:
                 request_serializer=outrider_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Converse = channel.stream_stream(
+                '/outrider.v1.GenerationService/Converse',
+                request_serializer=outrider_dot_v1_dot_generation__pb2.ConverseRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_generation__pb2.ConverseResponse.FromString,
+                _registered_method=True)
         self.GetServerInfo = channel.unary_unary(
                 '/outrider.v1.GenerationService/GetServerInfo',
                 request_serializer=outrider_dot_v1_dot_generation__pb2.GetServerInfoRequest.SerializeToString,
@@ -70,8 +75,37 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Converse(self, request_iterator, context):
+        """Holds a conversation: turns in, their answers out, over a sequence that keeps its cache slot
+        between the turns. Each turn appends to what the conversation holds; nothing is computed again.
+
+        Turns are answered one at a time, in order. One that arrives early waits for those before it;
+        at most 8 may have no complete answer. The responses of a turn are like those of Generate: one
+        per decoding step, and the last, and only that one, has a finish reason and the usage.
+
+        The session is opened by the first message. Closing the request stream ends the conversation with
+        OK, after the answers to all turns sent. Every other status ends it, too, after the answers to the
+        turns before its cause. Cancelling the call, or vanishing, frees the slot before the next step.
+
+        Status codes:
+        INVALID_ARGUMENT    a field is missing, malformed, unknown or out of range (the message
+        names it), or a turn can never fit into the cache
+        ALREADY_EXISTS      a session with this session_id is open
+        RESOURCE_EXHAUSTED  all sessions are taken, the conversation fills its cache, too many turns
+        wait, or a message exceeds 16 MiB
+        DEADLINE_EXCEEDED   the call's deadline passed, or the session was idle for longer than the
+        server's server.session_idle_timeout_s: no turn came, or its responses
+        were not read
+        UNAVAILABLE         the workers failed, or the server is shutting down (the running turn is
+        answered first)
+        INTERNAL            a defect of the server; its log has the details
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetServerInfo(self, request, context):
-        """Describes the model, the worker mesh, the defaults, and the counters since the server started.
+        """Describes the model, the worker mesh, the cache, the defaults, and the counters since the server started.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +118,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=outrider_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Converse': grpc.stream_stream_rpc_method_handler(
+                    servicer.Converse,
+                    request_deserializer=outrider_dot_v1_dot_generation__pb2.ConverseRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_generation__pb2.ConverseResponse.SerializeToString,
             ),
             'GetServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerInfo,
@@ -119,6 +158,33 @@ class GenerationService:
             '/outrider.v1.GenerationService/Generate',
             outrider_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             outrider_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Converse(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/outrider.v1.GenerationService/Converse',
+            outrider_dot_v1_dot_generation__pb2.ConverseRequest.SerializeToString,
+            outrider_dot_v1_dot_generation__pb2.ConverseResponse.FromString,
             options,
             channel_credentials,
             insecure,

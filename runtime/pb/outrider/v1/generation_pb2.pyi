@@ -12,9 +12,11 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+    FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
+FINISH_REASON_CANCELLED: FinishReason
 
 class GenerateRequest(_message.Message):
     __slots__ = ("text", "messages", "token_ids", "sampling", "lookahead", "request_id")
@@ -31,6 +33,34 @@ class GenerateRequest(_message.Message):
     lookahead: LookaheadParams
     request_id: str
     def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., lookahead: _Optional[_Union[LookaheadParams, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class ConverseRequest(_message.Message):
+    __slots__ = ("turn", "stop", "session_id")
+    TURN_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    turn: Turn
+    stop: StopTurn
+    session_id: str
+    def __init__(self, turn: _Optional[_Union[Turn, _Mapping]] = ..., stop: _Optional[_Union[StopTurn, _Mapping]] = ..., session_id: _Optional[str] = ...) -> None: ...
+
+class Turn(_message.Message):
+    __slots__ = ("text", "messages", "token_ids", "sampling", "lookahead")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    LOOKAHEAD_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    messages: ChatMessages
+    token_ids: TokenIds
+    sampling: SamplingParams
+    lookahead: LookaheadParams
+    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., lookahead: _Optional[_Union[LookaheadParams, _Mapping]] = ...) -> None: ...
+
+class StopTurn(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class ChatMessages(_message.Message):
     __slots__ = ("messages",)
@@ -106,8 +136,26 @@ class GenerateResponse(_message.Message):
     usage: Usage
     def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_accepted: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
 
+class ConverseResponse(_message.Message):
+    __slots__ = ("session_id", "turn_index", "text", "token_ids", "num_accepted", "finish_reason", "usage")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    TURN_INDEX_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    turn_index: int
+    text: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    num_accepted: int
+    finish_reason: FinishReason
+    usage: Usage
+    def __init__(self, session_id: _Optional[str] = ..., turn_index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_accepted: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+
 class Usage(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_new_tokens", "num_steps", "tokens_per_step", "num_rows", "rows_per_step", "ttft_s", "latency_s")
+    __slots__ = ("num_prompt_tokens", "num_new_tokens", "num_steps", "tokens_per_step", "num_rows", "rows_per_step", "ttft_s", "latency_s", "kept_last", "kept_sum", "num_seen_tokens")
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +164,9 @@ class Usage(_message.Message):
     ROWS_PER_STEP_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    KEPT_LAST_FIELD_NUMBER: _ClassVar[int]
+    KEPT_SUM_FIELD_NUMBER: _ClassVar[int]
+    NUM_SEEN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_new_tokens: int
     num_steps: int
@@ -124,27 +175,32 @@ class Usage(_message.Message):
     rows_per_step: float
     ttft_s: float
     latency_s: float
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_new_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., tokens_per_step: _Optional[float] = ..., num_rows: _Optional[int] = ..., rows_per_step: _Optional[float] = ..., ttft_s: _Optional[float] = ..., latency_s: _Optional[float] = ...) -> None: ...
+    kept_last: float
+    kept_sum: float
+    num_seen_tokens: int
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_new_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., tokens_per_step: _Optional[float] = ..., num_rows: _Optional[int] = ..., rows_per_step: _Optional[float] = ..., ttft_s: _Optional[float] = ..., latency_s: _Optional[float] = ..., kept_last: _Optional[float] = ..., kept_sum: _Optional[float] = ..., num_seen_tokens: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "model", "mesh", "lookahead", "sampling", "counters")
+    __slots__ = ("version", "model", "mesh", "lookahead", "sampling", "counters", "cache")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MESH_FIELD_NUMBER: _ClassVar[int]
     LOOKAHEAD_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
     version: str
     model: ModelInfo
     mesh: MeshInfo
     lookahead: LookaheadParams
     sampling: SamplingParams
     counters: Counters
-    def __init__(self, version: _Optional[str] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., mesh: _Optional[_Union[MeshInfo, _Mapping]] = ..., lookahead: _Optional[_Union[LookaheadParams, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ...) -> None: ...
+    cache: CacheInfo
+    def __init__(self, version: _Optional[str] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., mesh: _Optional[_Union[MeshInfo, _Mapping]] = ..., lookahead: _Optional[_Union[LookaheadParams, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., cache: _Optional[_Union[CacheInfo, _Mapping]] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
     __slots__ = ("name", "architecture", "dtype", "device", "vocab_size", "capacity", "num_parameters")
@@ -173,6 +229,28 @@ class MeshInfo(_message.Message):
     tp: int
     num_workers: int
     def __init__(self, lp: _Optional[int] = ..., tp: _Optional[int] = ..., num_workers: _Optional[int] = ...) -> None: ...
+
+class CacheInfo(_message.Message):
+    __slots__ = ("policy", "bytes_per_token", "bytes_per_sequence", "bytes_staged", "num_slots", "tokens_per_sequence", "max_stored_tokens", "max_sessions", "num_sessions")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_STAGED_FIELD_NUMBER: _ClassVar[int]
+    NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    MAX_STORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    policy: str
+    bytes_per_token: int
+    bytes_per_sequence: int
+    bytes_staged: int
+    num_slots: int
+    tokens_per_sequence: int
+    max_stored_tokens: int
+    max_sessions: int
+    num_sessions: int
+    def __init__(self, policy: _Optional[str] = ..., bytes_per_token: _Optional[int] = ..., bytes_per_sequence: _Optional[int] = ..., bytes_staged: _Optional[int] = ..., num_slots: _Optional[int] = ..., tokens_per_sequence: _Optional[int] = ..., max_stored_tokens: _Optional[int] = ..., max_sessions: _Optional[int] = ..., num_sessions: _Optional[int] = ...) -> None: ...
 
 class Counters(_message.Message):
     __slots__ = ("requests_by_outcome", "num_running", "num_waiting", "num_steps", "num_tokens", "seconds_by_phase", "uptime_s")
