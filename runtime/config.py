@@ -146,9 +146,17 @@ class CacheConfig(Section):
             return given
         policy = given.get("policy", "full")
         design = (given.get("design") or "fundamental") if policy == "sep" else None
-        defaults = _CACHE_DEFAULTS.get((policy, design))
+        defaults = next((settings for kind, settings in _CACHE_DEFAULTS.items() if kind == (policy, design)), None)
         if defaults is None:
             return given  # not a policy or design: the field's own check says so
+        separators = given.get("separators")
+        if separators not in (None, "paper"):
+            alike = isinstance(separators, (list, tuple)) and len({type(separator) for separator in separators}) == 1
+            if not alike or type(separators[0]) not in (str, int):
+                raise ValueError(
+                    "separators: is neither a list of texts nor one of token ids; "
+                    "write paper, or for example [\".\", \",\"], or [30, 28]"
+                )
         for key, value in given.items():
             if key in cls.model_fields and key != "policy" and key not in defaults and value is not None:
                 owners = [" ".join(filter(None, kind)) for kind, settings in _CACHE_DEFAULTS.items() if key in settings]
@@ -195,7 +203,7 @@ class CacheConfig(Section):
 
 _SEP_DEFAULTS: dict[str, Any] = {"num_initial": 4, "separators": "paper", "merged_separators": False}
 _CACHE_DEFAULTS: dict[tuple[str, str | None], dict[str, Any]] = {
-    ("full", None): {"capacity": None, "positions": "original"},
+    ("full", None): {"capacity": None},
     ("sink", None): {"num_sinks": 4, "window": 1020, "positions": "slot", "evict": "token"},
     ("sep", "fundamental"): _SEP_DEFAULTS
     | {

@@ -57,7 +57,9 @@ class Retention(ABC):
     max_turned: int = 0
     """Most of them whose keys get turned."""
 
-    def __init__(self, separators: Collection[int], num_initial: int) -> None:
+    def __init__(self, slot: bool, separators: Collection[int], num_initial: int) -> None:
+        """`slot`: positions are those in the cache."""
+        self.slot = slot
         self.num_initial = num_initial
         self.separators = np.array(sorted(separators), np.int64)
         self.reset()
@@ -135,8 +137,8 @@ class Sliding(Retention):
         is stored depends on the length alone, and not on how many tokens a step brought.
         """
         assert not (slot and separators), "with separators as anchors, slots are for Compacting"
-        super().__init__(separators, num_initial)
-        self.window, self.slot = window, slot
+        super().__init__(slot, separators, num_initial)
+        self.window = window
         self.interval = UNBOUNDED if window is None else max(16, window // 8)
         self.max_stored = max_kept if window is None else max_kept + self.interval
 
@@ -189,7 +191,7 @@ class Compacting(Retention):
     def __init__(
         self,
         size: int,
-        local: int,
+        local: int | None,
         slot: bool,
         separators: Collection[int] = (),
         num_initial: int = 0,
@@ -197,10 +199,10 @@ class Compacting(Retention):
         compact_after_attention: bool = False,
         per_turn: bool = False,
     ) -> None:
-        """`size` is c, the most tokens stored; `local` is w, how many of the newest stay after a compaction (with
-        `per_turn` and no separators: as many as there is room for)."""
-        super().__init__(separators, num_initial)
-        self.size, self.local, self.slot, self.max_separators = size, local, slot, max_separators
+        """`size` is c, the most tokens stored; `local` is w, how many of the newest stay after a compaction. None,
+        for eviction per turn: as many as leave room for the turn."""
+        super().__init__(slot, separators, num_initial)
+        self.size, self.local, self.max_separators = size, local, max_separators
         self.per_turn = per_turn
         self.limit = size + compact_after_attention
         self.max_stored = self.limit
@@ -243,9 +245,7 @@ class Compacting(Retention):
         """Indices of the stored tokens that a compaction keeps, and how many of them are anchors."""
         count = self.num_stored
         num_initial = min(self.num_initial, count)
-        local = self.local
-        if self.per_turn and self.max_separators == 0:
-            local = max(self.size - num_initial - num_coming, 0)
+        local = self.local if self.local is not None else max(self.size - num_initial - num_coming, 0)
         start = max(count - local, num_initial)
         separators = num_initial + np.flatnonzero(self.anchored[num_initial:start])
         separators = separators[max(len(separators) - self.max_separators, 0) :]
@@ -284,8 +284,8 @@ def layer_groups(cache: CacheConfig, num_layers: int, capacity: int) -> tuple[La
                 assert cache.window is not None and cache.num_sinks is not None
                 return Sliding(cache.window, capacity, slot, num_initial=cache.num_sinks)
             case "sink", "turn":
-                assert cache.window is not None and cache.num_sinks is not None
-                return Compacting(capacity, cache.window, slot, num_initial=cache.num_sinks, per_turn=True)
+                assert cache.num_sinks is not None
+                return Compacting(capacity, None, slot, num_initial=cache.num_sinks, per_turn=True)
             case "sep", None:
                 assert cache.num_neighbors is not None and cache.num_initial is not None
                 return Sliding(cache.num_neighbors, capacity, False, separators, cache.num_initial)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.config import CacheConfig, Config
+from runtime.errors import InvalidRequestError
 from runtime.mesh import Mesh
 from runtime.model.attention import RowBatch
 from runtime.model.loader import load_decoder, load_spec, resolve_model
@@ -69,9 +70,13 @@ class Scorer:
 
     @torch.inference_mode()
     def score(self, token_ids: Sequence[int], on_progress: Callable[[int], object] | None = None) -> Score:
-        """Read a text from its start. `on_progress` is told how many tokens have been read so far."""
+        """Read a text from its start. `on_progress` is told how many tokens have been read so far.
+
+        Raises InvalidRequestError if the policy has no room for it.
+        """
         started = time.perf_counter()
         self.reset()
+        self._check_room(token_ids)
         ledger = self.ledger
         ids = np.asarray(token_ids, np.int64)
         log_probs = [np.empty(0)]
@@ -84,6 +89,18 @@ class Scorer:
             if on_progress is not None:
                 on_progress(stop)
         return Score(np.concatenate(log_probs), ledger.kept_last, ledger.kept_sum, time.perf_counter() - started)
+
+    def _check_room(self, token_ids: Sequence[int]) -> None:
+        cache, capacity = self.config.cache, self.config.cache.slot_capacity(self.spec.max_positions)
+        full_at = len(token_ids)
+        if cache.bounded:
+            full_at = Ledger(self.groups, capacity).full_at(token_ids)
+        elif cache.evict == "turn":
+            full_at = capacity - 1
+        if full_at < len(token_ids) - 1:
+            problem = f"the text does not fit into a cache of {capacity}"
+            remedy = "Shorten it, enlarge the cache, or have cache.policy sink or sep evict per token."
+            raise InvalidRequestError("token_ids", f"{len(token_ids)} tokens", problem, remedy)
 
     @torch.inference_mode()
     def read(self, ids: NDArray[np.int64]) -> torch.Tensor:

@@ -116,7 +116,7 @@ class Sequence:
             return [], None
         path, walked = tree.walk(chosen)
         emitted, reason = self._until_end(walked)
-        del path[len(emitted) :]
+        del path[len(emitted) - 1 :]  # where a run is cut, its last token waits uncached, as it would one at a time
         self.commit_rows += path
         self._enter_cache(rows, path)
         self.text += emitted

@@ -48,11 +48,14 @@ class Segment:
     ancestors: Bools  # [t, t]: row j is an ancestor of row i, or row i itself
 
     def sees(self, retained: Retention, window: int | None) -> Bools | None:
-        """[t, n + t] what each row sees in a layer with this sliding window of the model's own; None: all of it."""
+        """[t, n + t] what each row sees in a layer with this sliding window of the model's own; None: all of it.
+
+        Where positions are slots, no distance exceeds the cache's size, nor, so, the window (ModelSpec.check_cache).
+        """
         stored = retained.sees(self.positions, retained.positions, retained.anchored)
         own = retained.sees(self.positions, self.positions, retained.may_anchor(self.positions, self.tokens))
         own = self.ancestors if own is None else self.ancestors & own
-        if window is not None and int(self.positions.max()) - window >= 0:
+        if window is not None and not retained.slot and int(self.positions.max()) - window >= 0:
             keys = np.concatenate([retained.positions, self.positions])
             near = keys > self.positions[:, None] - window
             stored = near[:, : -len(own)] if stored is None else stored & near[:, : -len(own)]

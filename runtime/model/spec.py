@@ -110,8 +110,9 @@ class ModelSpec:
             problem = "dynamic RoPE scaling depends on positions in the text"
             raise ConfigError("cache.positions", "slot", problem, remedy)
         windows = [window for window in self.sliding_windows if window is not None]
-        if windows and cache.size > min(windows):
-            problem = f"the cache's {cache.size} tokens exceed the model's own sliding window of {min(windows)}"
+        most = cache.size + (cache.compact_at == "after")
+        if windows and most > min(windows):
+            problem = f"the {most} tokens that one may see exceed the model's own sliding window of {min(windows)}"
             raise ConfigError("cache.positions", "slot", problem, f"Make the cache smaller. {remedy}")
 
     @classmethod
