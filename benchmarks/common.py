@@ -1,21 +1,28 @@
-"""What the benchmarks share: prompts, the Hugging Face baseline, tables for people, one JSON line for machines."""
+"""What the benchmarks share: prompts, cache policies, the Hugging Face baseline, progress, tables and plots for people,
+one JSON line for machines."""
 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from cluster.batch import parse, read_lines
+from runtime.config import CacheConfig
 from runtime.engine import Engine
 from runtime.equality import Gap, gap_by
 from runtime.request import Completion
@@ -71,6 +78,87 @@ class HuggingFace:
         )
         tokens = output[0, len(prompt) :].tolist()
         return Run(tuple(tokens), time.perf_counter() - started)
+
+
+def check_parts(chosen: Collection[str], known: Sequence[str]) -> None:
+    """Refuse a `--part` that a benchmark does not have."""
+    if unknown := set(chosen) - set(known):
+        problem = f"{', '.join(sorted(unknown))}: no such part; choose among {', '.join(known)}."
+        raise typer.BadParameter(problem, param_hint="--part")
+
+
+def sink(size: int, num_sinks: int = 4, positions: str = "slot") -> CacheConfig:
+    """`sink` whose sinks and window together hold `size` tokens."""
+    return _cache(policy="sink", num_sinks=num_sinks, window=size - num_sinks, positions=positions)
+
+
+def full(length: int) -> CacheConfig:
+    """`full` for texts of `length` tokens, the trained length notwithstanding."""
+    return _cache(policy="full", capacity=length)
+
+
+def sep(length: int, num_neighbors: int = 256) -> CacheConfig:
+    """`sep`, fundamental design, for texts of `length` tokens."""
+    return _cache(policy="sep", num_neighbors=num_neighbors, capacity=length)
+
+
+def sep_streaming(size: int) -> CacheConfig:
+    """`sep`, streaming design, of capacity `size`: few separators, and a compaction every size / 16 tokens."""
+    separators = size // 64
+    local = size - 4 - separators - size // 16
+    return _cache(policy="sep", design="streaming", max_separators=separators, local=local, capacity=size)
+
+
+def sep_streaming_as_published(size: int) -> CacheConfig:
+    """`sep`, streaming design, with the shares of the paper's s=64, w=256, c=800: one compaction per c / 2 tokens."""
+    share = size / 800
+    settings = {"max_separators": int(64 * share), "local": int(256 * share), "capacity": size}
+    return _cache(policy="sep", design="streaming", **settings)
+
+
+def _cache(**settings: Any) -> CacheConfig:
+    return CacheConfig.model_validate(settings)
+
+
+def perplexity(log_probs: np.ndarray) -> float:
+    """exp of the mean negative log-probability; nan where there is none."""
+    return math.exp(-log_probs.mean()) if log_probs.size else math.nan
+
+
+def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The mean and its standard error, which is nan for a single value."""
+    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(np.mean(values)), float(error)
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; the function it gives sets how much is done."""
+    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+Line = tuple[Sequence[float], Sequence[float]]
+
+
+def plot_lines(path: Path, title: str, labels: tuple[str, str], lines: Mapping[str, Line], **settings: Any) -> None:
+    """Write named lines (xs, ys) to a PNG; `labels` are the axes', `settings` matplotlib's own for the axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, plot = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, (xs, ys) in lines.items():
+        plot.plot(xs, ys, marker=".", label=name)
+    plot.set(xlabel=labels[0], ylabel=labels[1], title=title, **settings)
+    plot.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    plot.spines[["top", "right"]].set_visible(False)
+    plot.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

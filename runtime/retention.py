@@ -133,13 +133,14 @@ class Sliding(Retention):
     ) -> None:
         """`window` counts the current token, None is everything; `max_kept` bounds anchors and window together.
 
-        Tokens that have left the window are dropped whenever the length is a multiple of `interval`, so that what
-        is stored depends on the length alone, and not on how many tokens a step brought.
+        Tokens that have left the window are dropped whenever the length is a multiple of `interval`, about an eighth
+        of the window, so that what is stored depends on the length alone, and not on how many tokens a step brought.
         """
         assert not (slot and separators), "with separators as anchors, slots are for Compacting"
         super().__init__(slot, separators, num_initial)
         self.window = window
-        self.interval = UNBOUNDED if window is None else max(16, window // 8)
+        # A power of two, so that equal chunks of a text find equally many tokens stored: kernels are made per shape.
+        self.interval = UNBOUNDED if window is None else max(16, 1 << (window // 8 - 1).bit_length())
         self.max_stored = max_kept if window is None else max_kept + self.interval
 
     @property

@@ -29,6 +29,8 @@ class Score:
 
     log_probs: NDArray[np.float64]
     """[n - 1] of token i + 1, given tokens 0 .. i as far as the policy keeps them."""
+    first_choices: NDArray[np.int64]
+    """[n - 1] the token that the model would have put in place of token i + 1."""
     kept_last: float
     kept_sum: float
     """Kept KV, as in runtime.request.Usage."""
@@ -79,16 +81,26 @@ class Scorer:
         self._check_room(token_ids)
         ledger = self.ledger
         ids = np.asarray(token_ids, np.int64)
-        log_probs = [np.empty(0)]
+        log_probs, first_choices = [np.empty(0)], [np.empty(0, np.int64)]
         while ledger.length < len(ids):
             start = ledger.length
             stop = min(start + self.chunk, ledger.horizon, len(ids))
-            hidden = self.read(ids[start:stop])
-            targets = ids[start + 1 : stop + 1]
-            log_probs.append(self._log_probs(hidden[: len(targets)], targets))
+            hidden = self._read(ids[start:stop])
+            targets = torch.from_numpy(ids[start + 1 : stop + 1])
+            for rows, wanted in zip(hidden[: len(targets)].split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
+                logits = self.decoder.logits(rows)
+                chosen = logits.gather(1, wanted.to(logits.device)[:, None])[:, 0]
+                log_probs.append((chosen - logits.logsumexp(1)).double().cpu().numpy())
+                first_choices.append(logits.argmax(1).cpu().numpy())
             if on_progress is not None:
                 on_progress(stop)
-        return Score(np.concatenate(log_probs), ledger.kept_last, ledger.kept_sum, time.perf_counter() - started)
+        return Score(
+            log_probs=np.concatenate(log_probs),
+            first_choices=np.concatenate(first_choices),
+            kept_last=ledger.kept_last,
+            kept_sum=ledger.kept_sum,
+            seconds=time.perf_counter() - started,
+        )
 
     def _check_room(self, token_ids: Sequence[int]) -> None:
         cache, capacity = self.config.cache, self.config.cache.slot_capacity(self.spec.max_positions)
@@ -102,8 +114,7 @@ class Scorer:
             remedy = "Shorten it, enlarge the cache, or have cache.policy sink or sep evict per token."
             raise InvalidRequestError("token_ids", f"{len(token_ids)} tokens", problem, remedy)
 
-    @torch.inference_mode()
-    def read(self, ids: NDArray[np.int64]) -> torch.Tensor:
+    def _read(self, ids: NDArray[np.int64]) -> torch.Tensor:
         """Put the next tokens of the text into the cache, none beyond the policy's horizon; their hidden states."""
         rows = np.arange(len(ids))
         batch = RowBatch.build(
@@ -119,12 +130,3 @@ class Scorer:
             cache.commit(0, rows.tolist(), ids.tolist())
         self.ledger.commit(ids.tolist())
         return hidden
-
-    def _log_probs(self, hidden: torch.Tensor, targets: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Of `targets` [t], the tokens that follow the rows of `hidden` [t, D]."""
-        found = []
-        for rows, wanted in zip(hidden.split(HEAD_ROWS), torch.from_numpy(targets).split(HEAD_ROWS), strict=True):
-            logits = self.decoder.logits(rows)
-            chosen = logits.gather(1, wanted.to(logits.device)[:, None])[:, 0]
-            found.append((chosen - logits.logsumexp(1)).double().cpu().numpy())
-        return np.concatenate(found) if found else np.empty(0)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 import torch.nn.functional as F
 
 from runtime.mesh import Mesh
+
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")  # oneDNN makes kernels per shape, and keeps 1024
 
 PACKING_HINT = 16
 """Rows for which oneDNN lays out a reordered weight; the layout serves every number of rows."""
