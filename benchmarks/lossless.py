@@ -2,7 +2,8 @@
 
 Every prompt is answered with lookahead off on one worker; that answer is compared with lookahead off and
 on, on every mesh asked for, alone and all prompts in company, and with Hugging Face's greedy generate.
-Where two answers part, the Hugging Face model tells the gap of the two tokens' logits.
+Where two answers part, the Hugging Face model tells the gap of the two tokens' logits. Under another cache policy
+than full (`--set cache.policy=sink`), which Hugging Face does not have, one process of ours takes its place.
 
     python -m benchmarks.lossless --shapes 1x1,2x1,4x1,1x2,1x3,2x2,8x1
 """
@@ -10,17 +11,20 @@ Where two answers part, the Hugging Face model tells the gap of the two tokens' 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from benchmarks.common import DEFAULT_PROMPTS, HuggingFace, load_prompts, print_json, print_table, stderr
 from cluster.backends import open_engine
 from runtime.config import Config, SamplingParams
 from runtime.engine import Engine
-from runtime.equality import Equality
+from runtime.equality import Equality, Gap
 from runtime.model.loader import resolve_model
+from runtime.scoring import Scorer
 
 BETWEEN_RUNS, AGAINST_HUGGING_FACE = 1e-4, 1e-3
 """Largest gap that counts as a near-tie, float32."""
@@ -36,7 +40,10 @@ def main(
 ) -> None:
     """Count divergences; exit 1 if one is not a near-tie."""
     run_config = Config.load(config, set_)
-    reference = HuggingFace(resolve_model(run_config.model.path), run_config.model.dtype, "cpu")
+    reference = None
+    if run_config.cache.policy == "full":
+        reference = HuggingFace(resolve_model(run_config.model.path), run_config.model.dtype, "cpu")
+    gap_of = reference.gap_of if reference else gap_under(run_config)
     greedy = SamplingParams(max_new_tokens=max_new_tokens)
     plain = run_config.lookahead.merged({"enabled": False})
     with open_engine(run_config.merged({"parallel": {}})) as engine:
@@ -45,12 +52,13 @@ def main(
     checks: dict[str, Equality] = {}
 
     def check(name: str, answers: list[tuple[int, ...]], tolerance: float = BETWEEN_RUNS) -> None:
-        equality = checks[name] = Equality(reference.gap_of, tolerance)
+        equality = checks[name] = Equality(gap_of, tolerance)
         for number, (prompt, one, other) in enumerate(zip(ids, expected, answers, strict=True)):
             equality.compare(prompt, one, other, f"prompt {number}")
         stderr.print(f"{name}: {equality}")
 
-    check("Hugging Face", [reference.run(p, max_new_tokens).token_ids for p in ids], AGAINST_HUGGING_FACE)
+    if reference:  # which knows no other policy
+        check("Hugging Face", [reference.run(p, max_new_tokens).token_ids for p in ids], AGAINST_HUGGING_FACE)
     for shape in shapes.split(","):
         lp, tp = (int(number) for number in shape.split("x"))
         started = time.perf_counter()
@@ -60,6 +68,16 @@ def main(
             check(f"lp={lp} tp={tp} on", answers(engine, ids, greedy, enabled=True, together=False))
             check(f"lp={lp} tp={tp} on, in company", answers(engine, ids, greedy, enabled=True, together=True))
     report(checks)
+
+
+def gap_under(config: Config) -> Gap:
+    """Gaps by our own model, one process, under the config's cache policy."""
+    scorer = Scorer(config)
+
+    def gap_of(context: Sequence[int], one: int, other: int) -> float:
+        return abs(float(np.subtract(*(scorer.score([*context, token]).log_probs[-1] for token in (one, other)))))
+
+    return gap_of
 
 
 def answers(
