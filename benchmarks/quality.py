@@ -145,6 +145,8 @@ def score_answers(
     score("full", full(capacity))
     kept = score(f"sep n={num_neighbors}", sep(capacity, num_neighbors))
     size = equal_size(lengths, float(np.mean(kept.kept_last)), float(np.mean(kept.kept_sum)))
+    without_separators = num_neighbors + (kept.cache.num_initial or 0)
+    score(f"sink {without_separators}, sep's window", sink(without_separators))
     score(f"sink {size}", sink(size))
     score(f"sink {size}, original", sink(size, positions="original"))
     score(f"window {size}, no sinks", sink(size, num_sinks=0))
