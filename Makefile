@@ -50,8 +50,8 @@ test quick: export OMP_WAIT_POLICY = passive
 test: lint  ## Lint, type check and run all tests
 	$(BIN)/python -m pytest
 
-quick: setup  ## Unit tests only
-	$(BIN)/python -m pytest tests/unit
+quick: setup  ## Unit tests only, without the slow ones
+	$(BIN)/python -m pytest tests/unit -m "not slow"
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -301,6 +301,7 @@ def test_backends_converse_alike(model, kind):
             engine.close()
 
 
+@pytest.mark.slow
 def test_at_a_terminal(model):
     """A prompt, Ctrl-C in an endless answer, another line, Ctrl-D."""
     main, child = pty.openpty()

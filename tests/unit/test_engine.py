@@ -92,6 +92,7 @@ def test_two_requests_advance_in_the_same_step(engine):
         engine.step()
 
 
+@pytest.mark.slow
 def test_stop_tokens_end_an_accepted_run_in_its_middle(engine):
     """For every token of a text as stop token, the answer ends at its first occurrence."""
     prompt = make_prompts(1, seed=4)[0]

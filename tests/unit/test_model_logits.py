@@ -133,6 +133,7 @@ def test_float64_agrees_with_float32(tmp_path: Path) -> None:
     assert difference(logits.float(), reference(model, tokens)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_embedded_model_rows_are_bit_identical_in_steps_of_any_size() -> None:
     """A chain decoded one row at a time, each row run as two, and as the first branch of trees of 5, 17 and 64 rows."""
     directory = resolve_model(None)

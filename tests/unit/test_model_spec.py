@@ -101,6 +101,7 @@ def test_tp_beyond_the_query_heads_is_refused() -> None:
         spec.check_tp(10)
 
 
+@pytest.mark.slow
 def test_running_a_spec_needs_no_transformers() -> None:
     """A worker gets its spec pickled; importing transformers would add seconds to its start."""
     spec = ModelSpec.from_hf_config(make_config("llama"))
