@@ -94,7 +94,7 @@ class KVCache:
     def commit(self, slot: int, staged: Sequence[int], tokens: Sequence[int]) -> None:
         """Make the staged rows with these indices (ascending) and token ids the next tokens of the sequence."""
         assert all(a < b for a, b in zip(staged, staged[1:], strict=False)), "staged rows out of order"
-        in_place = next((i for i, row in enumerate(staged) if row != i), len(staged))
+        in_place = _num_in_place(staged)
         moved = staged[in_place:]
         if moved:
             start = self.retained[slot].num_stored
@@ -138,12 +138,17 @@ class KVCache:
             fresh = self._read(slot, kept[earlier : len(turns)])[:, 0]
             rows = torch.tensor(kept[:earlier], dtype=torch.long, device=self.device)
             unturned.copy_(torch.cat([self.unturned[slot].index_select(2, rows), fresh], dim=2))
-        first = next((i for i, row in enumerate(kept) if row != i), len(kept))
-        if first < len(kept):
-            self.buffer[slot, ..., first : len(kept), :] = self._read(slot, kept[first:])
+        in_place = _num_in_place(kept)
+        if in_place < len(kept):
+            self.buffer[slot, ..., in_place : len(kept), :] = self._read(slot, kept[in_place:])
         if len(turns):
             self.buffer[slot, :, 0, :, : len(turns)] = self.rotary.turn(unturned, turns)
 
     def _read(self, slot: int, rows: Sequence[int]) -> torch.Tensor:
         index = torch.tensor(rows, dtype=torch.long, device=self.device)
         return self.buffer[slot].index_select(3, index)
+
+
+def _num_in_place(rows: Sequence[int]) -> int:
+    """How many of these rows, from the first on, stand where they are to stand: row i at i."""
+    return next((i for i, row in enumerate(rows) if row != i), len(rows))

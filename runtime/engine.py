@@ -20,7 +20,7 @@ from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.pool import ProcessPool
 from runtime.request import CacheReport, Completion, FinishReason, Request, StepOutput
-from runtime.retention import layer_groups, with_separator_ids
+from runtime.retention import with_separator_ids
 from runtime.scheduler import Scheduler, Step
 from runtime.session import Session
 from runtime.step import StepPlan
@@ -50,10 +50,10 @@ class Engine:
     def __init__(self, config: Config, spec: ModelSpec, tokenizer: Tokenizer, executor: Executor) -> None:
         self.config, self.spec, self.tokenizer = config, spec, tokenizer
         self.stats = EngineStats()
-        self.capacity = config.cache.slot_capacity(spec.max_positions)
-        """Tokens one slot keeps; under policy full, prompt and output together."""
         self._executor = executor
         self._scheduler = Scheduler(config, spec)
+        self.capacity = self._scheduler.capacity
+        """Tokens one slot keeps; under policy full, prompt and output together."""
         self._aborted: set[str] = set()
         self._ids = itertools.count()
 
@@ -242,10 +242,7 @@ class Engine:
         shards = (HeadShard.of(spec.num_heads, spec.num_kv_heads, rank, tp) for rank in range(tp))
         most_heads = max(shard.num_kv_heads for shard in shards)
         bytes_per_layer = 2 * most_heads * spec.head_dim * getattr(torch, config.model.dtype).itemsize
-        kinds = [
-            (len(group.layers) * bytes_per_layer, group.new())
-            for group in layer_groups(config.cache, spec.num_layers, self.capacity)
-        ]
+        kinds = [(len(group.layers) * bytes_per_layer, group.new()) for group in self._scheduler.layer_groups]
         return CacheReport(
             policy=" ".join(filter(None, (config.cache.policy, config.cache.design))),
             bytes_per_token=spec.num_layers * bytes_per_layer,

@@ -41,6 +41,8 @@ class Scheduler:
 
     def __init__(self, config: Config, spec: ModelSpec) -> None:
         self.config, self.spec = config, spec
+        self.capacity = config.cache.slot_capacity(spec.max_positions)
+        self.layer_groups = layer_groups(config.cache, spec.num_layers, self.capacity)
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Sequence] = {}
         """By cache slot."""
@@ -87,9 +89,7 @@ class Scheduler:
 
     def make_ledger(self) -> Ledger:
         """An account for a new sequence."""
-        cache, capacity = self.config.cache, self.config.cache.slot_capacity(self.spec.max_positions)
-        groups = layer_groups(cache, self.spec.num_layers, capacity)
-        return Ledger(groups, capacity if cache.bounded else None)
+        return Ledger(self.layer_groups, self.capacity if self.config.cache.bounded else None)
 
     def drop(self, request_ids: Collection[str]) -> list[tuple[Request, Usage]]:
         """Forget these requests, wherever they are; returns those found, with what they used."""
@@ -104,14 +104,14 @@ class Scheduler:
 
     def unread(self, request: Request) -> Usage:
         """What a request has cost that was never run."""
-        sequence = self.sessions.get(request.session_id) if request.session_id is not None else None
+        sequence = self._conversation_of(request)
         seen = sequence.ledger.length if sequence is not None else 0
         return Usage(num_prompt_tokens=len(request.prompt_ids), num_seen_tokens=seen)
 
     def release(self, slot: int) -> None:
         """The request in `slot` has ended; a conversation stays where it is."""
         sequence = self.running.pop(slot)
-        if all(sequence is not held for held in self.sessions.values()):
+        if sequence not in self.sessions.values():
             self._commits.pop(slot, None)
 
     def admit(self) -> list[Request]:
@@ -124,7 +124,7 @@ class Scheduler:
         refused: list[Request] = []
         waiting, self.waiting = self.waiting, deque()
         for request in waiting:
-            sequence = self.sessions.get(request.session_id) if request.session_id is not None else None
+            sequence = self._conversation_of(request)
             if sequence is not None:
                 sequence.begin_turn(request)
                 if sequence.is_full:
@@ -141,6 +141,10 @@ class Scheduler:
             else:
                 self.waiting.append(request)
         return refused
+
+    def _conversation_of(self, request: Request) -> Sequence | None:
+        """The sequence that the request is a turn of, if that has begun."""
+        return self.sessions.get(request.session_id) if request.session_id is not None else None
 
     def plan(self) -> Step | None:
         """The next step: every running sequence's rows, in slot order. None if there are none.

@@ -56,7 +56,8 @@ class Scorer:
             self.spec, self.tokenizer, self.decoder = weights_of.spec, weights_of.tokenizer, weights_of.decoder
         self.spec.check_cache(config.cache)
         cache = with_separator_ids(config.cache, self.tokenizer)
-        self.groups = layer_groups(cache, self.spec.num_layers, cache.slot_capacity(self.spec.max_positions))
+        self.capacity = cache.slot_capacity(self.spec.max_positions)
+        self.groups = layer_groups(cache, self.spec.num_layers, self.capacity)
         self.caches = self.decoder.make_caches(self.groups, num_slots=1, max_staged=chunk)
         self.reset()
 
@@ -103,7 +104,7 @@ class Scorer:
         )
 
     def _check_room(self, token_ids: Sequence[int]) -> None:
-        cache, capacity = self.config.cache, self.config.cache.slot_capacity(self.spec.max_positions)
+        cache, capacity = self.config.cache, self.capacity
         full_at = len(token_ids)
         if cache.bounded:
             full_at = Ledger(self.groups, capacity).full_at(token_ids)
