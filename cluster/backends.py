@@ -70,9 +70,11 @@ class Backend(Protocol):
 @contextmanager
 def open_engine(config: Config) -> Iterator[Engine]:
     """An engine in this process: alone where the mesh is 1x1, else with its workers on Ray."""
+    from runtime import choose, cost
     from runtime.engine import Engine
     from runtime.model.loader import load_spec, resolve_model
 
+    config = choose.resolved(config, open_engine, cost.say)
     if config.parallel.num_workers == 1:
         with Engine.from_config(config) as engine:
             yield engine

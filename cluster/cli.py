@@ -187,6 +187,22 @@ def run_batch(
 
 
 @app.command()
+def plan(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure anew what is kept on disk.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a step costs here by its rows, how the workers are split and why, and the speed to be expected.
+
+    With --set parallel=auto or --set model.dtype=auto, all splits or types are compared.
+    """
+    from cluster import planning
+
+    planning.show(Config.load(config, set_ or ()), remeasure=remeasure, as_json=as_json)
+
+
+@app.command()
 def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Only look; skip the self-test.")] = False,
     as_json: JsonOption = False,

@@ -33,19 +33,41 @@ class Section(BaseModel):
 class ModelConfig(Section):
     path: str | None = None
     """Directory, GGUF file or hub id; null is the embedded SmolLM2-135M-Instruct."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Compute and cache type. Promise 1 (lossless) is counted in float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Compute and cache type; auto is the faster of float32 and bfloat16, by measurement. Promise 1 (lossless) is
+    counted in float32, and holds to the last bit in every type where `deterministic` can be had."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes cuda where torch finds one."""
+    kernels: Literal["auto", "native", "torch"] = "auto"
+    """Of a worker on a CPU. native: compiled once on the machine; a row's result does not depend on what other rows a
+    step has. auto takes them where they can be had."""
+    cuda_graphs: bool = True
+    """Of a worker on a GPU: steps of one sequence are captured as CUDA graphs, in a few sizes."""
+    deterministic: bool = False
+    """Refuse to run where lookahead on and off would not give the same bits by construction: on anything but native
+    kernels, and with tp above 2, whose sums have no fixed order."""
 
 
 class ParallelConfig(Section):
+    split: Literal["fixed", "auto"] = "fixed"
+    """auto: lp and tp are what is fastest among the splits of `workers`, by measurement. `parallel: auto` is short for
+    it."""
+    workers: int | None = Field(default=None, ge=1, le=256)
+    """How many workers an auto split divides; null: as many as there are GPUs, or else CPU cores, on this machine."""
     lp: int = Field(default=1, ge=1, le=30)
     """Lookahead-parallel replicas: each holds the whole model, each step's rows are divided among them."""
     tp: int = Field(default=1, ge=1)
     """Tensor-parallel ranks per replica; at most the model's query heads."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads per worker; null divides the machine's cores among the workers on it."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.split == "auto" and self.num_workers != 1:
+            raise ValueError("split: auto chooses lp and tp itself; leave them out, or set split to fixed")
+        if self.split == "fixed" and self.workers is not None and self.workers != self.lp * self.tp:
+            raise ValueError("workers: is not lp * tp; leave it out, or set split to auto")
+        return self
 
     @property
     def num_workers(self) -> int:
@@ -57,16 +79,25 @@ class LookaheadConfig(Section):
 
     enabled: bool = True
     """false is plain autoregressive decoding through the same code."""
-    window_size: int = Field(default=5, ge=1, le=256)
-    """W, columns of the Jacobi window. The defaults suit a CPU; a GPU has room for many more rows (configs/)."""
-    ngram_size: int = Field(default=4, ge=2, le=16)
-    """N, tokens per n-gram; the window has N-1 rows."""
-    guess_set_size: int = Field(default=5, ge=1, le=256)
-    """G, n-grams kept per first token, and most candidates that one source proposes in a step."""
-    sources: tuple[Literal["jacobi", "suffix"], ...] = ("jacobi", "suffix")
-    """Who proposes candidates: the n-gram pool fed by the window, and repeats of the text so far."""
+    window_size: int = Field(default=15, ge=1, le=256)
+    """W, columns of the Jacobi window; with the planner, the most it may take. The default is the paper's for a model
+    of 7 billion parameters on one A100."""
+    ngram_size: int = Field(default=5, ge=2, le=16)
+    """N, tokens per n-gram; the window has N-1 rows. With the planner, the most it may take."""
+    guess_set_size: int = Field(default=15, ge=1, le=256)
+    """G, n-grams kept per first token."""
+    planner: bool = True
+    """Choose window and tree anew each step, from the measured cost of rows and the learned worth of guesses.
+    false: what the settings below say, whether it pays or not."""
+    sources: tuple[Literal["jacobi", "suffix", "recycle"], ...] = ("jacobi", "suffix", "recycle")
+    """Who proposes candidates: the n-gram pool fed by the window, repeats of the text so far, and what the model
+    gave the last time it stood behind the same tokens."""
+    share: bool = True
+    """Learn from, and for, the engine's other sequences: `recycle`'s tables and the acceptance probabilities. One
+    client's text then influences how many steps another's takes, never its tokens."""
     row_budget: int | None = Field(default=None, ge=1)
-    """Most rows of one sequence in a step (current token, window and tree); null: whatever W, N and G ask for."""
+    """Most rows of one sequence in a step (current token, window and tree). null: with the planner, as many as pay;
+    without it, the window and G candidates of N-1 tokens."""
     pool_from_prompt: bool = True
     """Put the prompt's n-grams into the pool."""
     pool_from_output: bool = True
@@ -74,18 +105,23 @@ class LookaheadConfig(Section):
 
     @property
     def window_rows(self) -> int:
-        """Most rows the window takes in a step, the current token included: W*(N-1) when full,
-        more for a moment while a narrow, tall one fills."""
+        """Most rows the window takes in a step where no planner sizes it, the current token included: W*(N-1) when
+        full, more for a moment while a narrow, tall one fills."""
         if not (self.enabled and "jacobi" in self.sources):
             return 1
         width, height = self.window_size + self.ngram_size - 2, self.ngram_size - 1
         return max((width - filled) * (filled + 1) for filled in range(height))
 
+    @property
+    def fixed_rows(self) -> int:
+        """Rows of a step where no planner chooses them."""
+        return self.row_budget or self.window_rows + self.guess_set_size * (self.ngram_size - 1)
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if len(set(self.sources)) != len(self.sources):
             raise ValueError("sources: each source once; remove the repeated name")
-        if self.row_budget is not None and self.row_budget < self.window_rows:
+        if not self.planner and self.row_budget is not None and self.row_budget < self.window_rows:
             raise ValueError(
                 f"row_budget: {self.row_budget} rows cannot hold a window of {self.window_rows} (W*(N-1)); "
                 "raise it, lower window_size or ngram_size, or drop 'jacobi' from sources"
@@ -291,6 +327,14 @@ class Config(Section):
     server: ServerConfig = ServerConfig()
     ray: RayConfig = RayConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_split(cls, given: Any) -> Any:
+        """`parallel: auto` is short for its setting of that name."""
+        if isinstance(given, Mapping) and given.get("parallel") == "auto":
+            return {**given, "parallel": {"split": "auto"}}
+        return given
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.scheduler.max_rows < 2 * self.scheduler.max_sequences:
@@ -299,7 +343,7 @@ class Config(Section):
                 f"{self.scheduler.max_sequences} sequences; raise it to at least twice scheduler.max_sequences"
             )
         rows = self.lookahead.window_rows
-        if self.scheduler.max_rows < rows:
+        if not self.lookahead.planner and self.scheduler.max_rows < rows:
             raise ValueError(
                 f"scheduler.max_rows: {self.scheduler.max_rows} rows cannot hold a window of {rows} (W*(N-1)); "
                 "raise it, or lower lookahead.window_size or lookahead.ngram_size"

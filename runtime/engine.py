@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from runtime import choose, cost
 from runtime.config import Config, LookaheadConfig, SamplingParams
+from runtime.cost import CostCurve, RunningCost
 from runtime.errors import InvalidRequestError
 from runtime.executor import Executor, LocalExecutor, MeshExecutor, WorkerPool
 from runtime.model.loader import load_spec, resolve_model
@@ -21,9 +23,9 @@ from runtime.model.spec import ModelSpec
 from runtime.pool import ProcessPool
 from runtime.request import CacheReport, Completion, FinishReason, Request, StepOutput
 from runtime.retention import with_separator_ids
-from runtime.scheduler import Scheduler, Step
+from runtime.scheduler import TOP_K, Scheduler, Step
 from runtime.session import Session
-from runtime.step import StepPlan
+from runtime.step import StepPlan, StepResult
 from runtime.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -68,6 +70,9 @@ class Engine:
         """
         if not isinstance(config, Config):
             config = Config.from_dict(config) if isinstance(config, Mapping) else Config.load(config)
+        if choose.is_open(config):
+            assert pool is None, "a pool's workers are started once: choose before it is made"
+            config = choose.resolved(config, cls.from_config, cost.say)
         directory = resolve_model(config.model.path)
         spec = load_spec(directory)
         spec.check_tp(config.parallel.tp)
@@ -79,7 +84,27 @@ class Engine:
             executor = LocalExecutor(config, spec)
         else:
             executor = MeshExecutor(config, spec, pool or ProcessPool())
-        return cls(config, spec, tokenizer, executor)
+        engine = cls(config, spec, tokenizer, executor)
+        if config.lookahead.enabled and config.lookahead.planner:
+            engine.use_curve(cost.measured(executor, config, spec, TOP_K, cost.say))
+        return engine
+
+    def measure_cost(self) -> CostCurve:
+        """Measure the cost curve anew, keep it and plan by it. Nothing may be running."""
+        assert not self.has_work, "the measurement writes over a slot"
+        curve = cost.measure(self._executor, self.config, self.spec, TOP_K)
+        cost.store(self.config, self.spec, curve)
+        self.use_curve(curve)
+        return curve
+
+    def use_curve(self, curve: CostCurve) -> None:
+        """Plan by this cost of a step."""
+        self._scheduler.cost = RunningCost(curve, self.config.scheduler.max_rows)
+
+    @property
+    def cost(self) -> RunningCost:
+        """What a step costs by its rows, as the planner sees it now."""
+        return self._scheduler.cost
 
     # Requests
 
@@ -136,7 +161,7 @@ class Engine:
                 "sampling.max_new_tokens", request.sampling.max_new_tokens, problem, remedy
             )
         rows = request.lookahead.window_rows
-        if rows > self.config.scheduler.max_rows:
+        if not request.lookahead.planner and rows > self.config.scheduler.max_rows:
             problem = f"the window takes {rows} rows, and a step holds {self.config.scheduler.max_rows}"
             remedy = "Lower window_size or ngram_size, or raise scheduler.max_rows."
             raise InvalidRequestError("lookahead.window_size", request.lookahead.window_size, problem, remedy)
@@ -203,8 +228,11 @@ class Engine:
         planned = time.perf_counter()
         result = self._executor.execute(step.plan)
         executed = time.perf_counter()
-        outputs += self._verify(step, result.tokens.tolist(), executed)
-        self._account(step.plan, result.seconds, plan=planned - started, verify=time.perf_counter() - executed)
+        outputs += self._verify(step, result, executed)
+        ended = time.perf_counter()
+        self._account(step.plan, result.seconds, plan=planned - started, verify=ended - executed)
+        if step.is_decoding:
+            self._scheduler.cost.observe(step.plan.num_rows, ended - started)
         return outputs
 
     def heartbeat(self) -> None:
@@ -216,11 +244,13 @@ class Engine:
         self._aborted.clear()
         return [StepOutput(request.request_id, (), usage, FinishReason.CANCELLED) for request, usage in dropped]
 
-    def _verify(self, step: Step, chosen: list[int], now_s: float) -> list[StepOutput]:
+    def _verify(self, step: Step, result: StepResult, now_s: float) -> list[StepOutput]:
         outputs = []
+        chosen, top = result.tokens.tolist(), result.top.tolist()
         for part in step.parts:
             sequence = part.sequence
-            emitted, reason = sequence.accept(chosen[part.start : part.start + len(part.rows)], now_s)
+            rows = slice(part.start, part.start + len(part.rows))
+            emitted, reason = sequence.accept(chosen[rows], top[rows] if sequence.wants_top else (), now_s)
             self._scheduler.commit(step, part)
             if reason is not None:
                 self._scheduler.release(sequence.slot)

@@ -15,7 +15,7 @@ from runtime.config import Config
 from runtime.errors import WorkerError
 from runtime.model.spec import ModelSpec
 from runtime.step import Row, StepPlan, StepResult, WireLayout
-from runtime.worker import RESULT_HEADER, Worker, alive_key, pick_device, wire_layout
+from runtime.worker import RESULT_HEADER, Worker, alive_key, pick_device, result_words, wire_layout
 
 
 class Executor(Protocol):
@@ -50,8 +50,9 @@ class LocalExecutor:
 
     def execute(self, plan: StepPlan) -> StepResult:
         started = time.perf_counter()
-        tokens = self._worker.step(plan)
-        return StepResult(tokens, {"broadcast": 0.0, "forward": time.perf_counter() - started, "gather": 0.0})
+        chosen = self._worker.step(plan)
+        seconds = {"broadcast": 0.0, "forward": time.perf_counter() - started, "gather": 0.0}
+        return StepResult(chosen[:, 0], chosen[:, 1:], seconds)
 
     def close(self) -> None:
         pass
@@ -64,8 +65,6 @@ class MeshExecutor:
         self._config, self._pool = config, pool
         self._layout: WireLayout = wire_layout(config)
         self._plan = torch.zeros(self._layout.length, dtype=torch.int32)
-        words = RESULT_HEADER + config.scheduler.max_rows
-        self._results = [torch.zeros(words, dtype=torch.int32) for _ in range(1 + config.parallel.lp)]
         self._closed = False
         try:
             self._control = self._form_mesh(spec)
@@ -95,27 +94,22 @@ class MeshExecutor:
     def execute(self, plan: StepPlan) -> StepResult:
         started = time.perf_counter()
         self._layout.encode(plan, self._plan.numpy())
+        results = [torch.empty(0, dtype=torch.int32)]
         try:
             dist.broadcast(self._plan, src=0, group=self._control.plan_group)
             sent = time.perf_counter()
             if plan.stop:
-                return StepResult(np.empty(0, np.int32), {})
-            dist.gather(self._results[0], self._results, dst=0, group=self._control.result_group)
+                return StepResult(np.empty(0, np.int32), np.empty((0, 0), np.int32), {})
+            words = result_words(plan, self._config.parallel.lp)
+            results = [torch.zeros(words, dtype=torch.int32) for _ in range(1 + self._config.parallel.lp)]
+            dist.gather(results[0], results, dst=0, group=self._control.result_group)
         except RuntimeError as error:
             raise WorkerError(f"a step failed: {self._pool.failure() or error}") from error
         received = time.perf_counter()
-        forward = max(int(result[0]) for result in self._results[1:]) * 1e-6
+        forward = max(int(result[0]) for result in results[1:]) * 1e-6
         seconds = {"broadcast": sent - started, "forward": forward, "gather": max(received - sent - forward, 0.0)}
-        return StepResult(self._merge(plan), seconds)
-
-    def _merge(self, plan: StepPlan) -> np.ndarray:
-        tokens = np.full(plan.num_rows, -1, np.int32)
-        owner = plan.rows[:, Row.OWNER]
-        for replica, result in enumerate(self._results[1:]):
-            local = plan.local_rows(replica)
-            own = owner[local] == replica
-            tokens[local[own]] = result.numpy()[RESULT_HEADER : RESULT_HEADER + len(local)][own]
-        return tokens
+        chosen = _merged(plan, [result.numpy()[RESULT_HEADER:] for result in results[1:]])
+        return StepResult(chosen[:, 0], chosen[:, 1:], seconds)
 
     def close(self) -> None:
         if self._closed:
@@ -130,3 +124,14 @@ class MeshExecutor:
             self._pool.close()
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def _merged(plan: StepPlan, results: list[np.ndarray]) -> np.ndarray:
+    """What the owner of each row found for it, from every replica's result. [T, 1 + top_k]"""
+    chosen = np.zeros((plan.num_rows, 1 + plan.top_k), np.int32)
+    owner = plan.rows[:, Row.OWNER]
+    for replica, result in enumerate(results):
+        local = plan.local_rows(replica)
+        own = owner[local] == replica
+        chosen[local[own]] = result[: len(local) * chosen.shape[1]].reshape(len(local), -1)[own]
+    return chosen

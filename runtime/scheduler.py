@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -9,14 +10,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from runtime.config import Config
+from runtime.cost import RunningCost, assumed
 from runtime.errors import InvalidRequestError, ResourceExhaustedError
+from runtime.lookahead import planner
+from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.partition import partition
+from runtime.lookahead.planner import Bed
 from runtime.lookahead.rows import SequenceRows
-from runtime.lookahead.sequence import Sequence
+from runtime.lookahead.sequence import Sequence, StepRows
 from runtime.model.spec import ModelSpec
 from runtime.request import Request, Usage
 from runtime.retention import Ledger, layer_groups
 from runtime.step import Commit, Int32, Row, Seq, StepPlan
+
+TOP_K = int(os.environ.get("TOP_K", "8"))
+"""Likeliest tokens that a row gives for the recycle table, as in the paper."""
 
 
 @dataclass
@@ -34,6 +42,8 @@ class Step:
 
     plan: StepPlan
     parts: list[Part]
+    is_decoding: bool
+    """No prompt is being read."""
 
 
 class Scheduler:
@@ -48,6 +58,10 @@ class Scheduler:
         """By cache slot."""
         self.sessions: dict[str, Sequence | None] = {}
         """Open conversations; each has its sequence, and with it a slot, from its first turn on."""
+        self.knowledge = Knowledge()
+        """What lookahead learns, shared by the sequences that do not want their own."""
+        self.cost = RunningCost(assumed(config.scheduler.max_rows), config.scheduler.max_rows)
+        """What a step costs by its rows."""
         self._admitted: list[int] = []  # slots given away since the last plan
         self._commits: dict[int, Int32] = {}  # by slot, what the next plan commits: [C, len(Commit)]
 
@@ -134,7 +148,9 @@ class Scheduler:
                     self.running[sequence.slot] = sequence
             elif free:
                 slot = free.popleft()
-                sequence = self.running[slot] = Sequence(request, slot, self.make_ledger(), self.spec.eos_token_ids)
+                sequence = self.running[slot] = Sequence(
+                    request, slot, self.make_ledger(), self.spec.eos_token_ids, self.knowledge
+                )
                 self._admitted.append(slot)
                 if request.session_id is not None:
                     self.sessions[request.session_id] = sequence
@@ -160,19 +176,37 @@ class Scheduler:
         limit = max_rows if prompts == len(sequences) else max(max_rows // 2, prompts)
         prompt_rows = min(sum(s.num_uncached for s in sequences if s.num_uncached > 1), limit)
         guess_rows = (max_rows - (len(sequences) - prompts) - prompt_rows) // len(sequences)
-        parts: list[Part] = []
-        start = 0
+        steps: list[tuple[Sequence, StepRows]] = []
+        beds: list[Bed] = []
         for sequence in sequences:
             chain = 1
             if sequence.num_uncached > 1:
                 prompts -= 1
                 chain = min(sequence.num_uncached, prompt_rows - prompts)  # leave one row to each later prompt
                 prompt_rows -= chain
-            budget = sequence.request.lookahead.row_budget
-            rows = sequence.plan(chain, guess_rows if budget is None else min(guess_rows, budget - 1))
-            parts.append(Part(sequence, rows, start))
-            start += len(rows)
-        return Step(self._assemble(parts), parts)
+            lookahead = sequence.request.lookahead
+            most = lookahead.row_budget or max_rows if lookahead.planner else lookahead.fixed_rows
+            room = min(guess_rows, most - 1)
+            step = sequence.plan(chain, room)
+            steps.append((sequence, step))
+            if step.tree is not None:
+                room -= len(step.rows) - step.num_chain
+                if lookahead.planner:
+                    beds.append(Bed(step.tree, room))
+                else:
+                    step.tree.fill(room)
+        if beds:
+            planner.grow(beds, sum(len(step.rows) for _, step in steps), self.cost.seconds)
+        return self._assembled(steps)
+
+    def _assembled(self, steps: list[tuple[Sequence, StepRows]]) -> Step:
+        parts: list[Part] = []
+        start = 0
+        for sequence, step in steps:
+            parts.append(Part(sequence, step.rows, start))
+            start += len(step.rows)
+        is_decoding = all(step.num_chain == 1 for _, step in steps)
+        return Step(self._assemble(parts), parts, is_decoding)
 
     def _assemble(self, parts: list[Part]) -> StepPlan:
         rows = np.zeros((sum(len(part.rows) for part in parts), len(Row)), np.int32)
@@ -189,6 +223,7 @@ class Scheduler:
         if commits:
             plan.commits = np.concatenate(commits)
         plan.resets = np.array(self._admitted, np.int32)
+        plan.top_k = TOP_K if any(part.sequence.wants_top for part in parts) else 0
         self._admitted, self._commits = [], {}
         return plan
 

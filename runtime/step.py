@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 Int32 = NDArray[np.int32]
 
 
+TOP_BITS = 8
+"""Low bits of a packed likeliest token: its log-probability, in sixteenths of a nat below zero, at most 255 of them."""
+
+
 class Choose(IntEnum):
     """What a row's logits are for."""
 
@@ -75,12 +79,18 @@ class StepPlan:
     sequences: Int32  # [S, len(Seq)]
     commits: Int32 = field(default_factory=_no_commits)  # [C, len(Commit)]
     resets: Int32 = field(default_factory=_no_slots)  # [R] slots emptied before this step
+    top_k: int = 0
+    """Likeliest tokens wanted of every row that chooses a token, besides the chosen one."""
     stop: bool = False
     """The workers leave their loop."""
 
     @property
     def num_rows(self) -> int:
         return len(self.rows)
+
+    def most_local_rows(self, lp: int) -> int:
+        """Rows of the replica that runs most."""
+        return max(int((self.rows[:, Row.REPLICAS] >> replica & 1).sum()) for replica in range(lp))
 
     def local_rows(self, replica: int) -> NDArray[np.int64]:
         """Indices of the rows that `replica` runs, ascending."""
@@ -96,6 +106,7 @@ class StepResult:
     """What a step gave: one token per row that chose one, and where the time went."""
 
     tokens: Int32  # [T]; -1 for rows that chose none
+    top: Int32  # [T, top_k] likeliest tokens, packed (pack_top); zeros for rows that chose none
     seconds: dict[str, float]
     """broadcast, forward, gather: seconds of each part, as the coordinator saw them."""
 
@@ -107,7 +118,7 @@ class WireLayout:
     max_rows: int
     max_sequences: int
 
-    HEADER = 5  # rows, sequences, commits, resets, stop
+    HEADER = 6  # rows, sequences, commits, resets, top_k, stop
 
     @property
     def length(self) -> int:
@@ -117,20 +128,20 @@ class WireLayout:
     def encode(self, plan: StepPlan, buffer: Int32) -> None:
         """Write `plan` into `buffer` [length]. Asserts that it fits."""
         parts = (plan.rows, plan.sequences, plan.commits, plan.resets)
-        buffer[: self.HEADER] = [*(len(part) for part in parts), plan.stop]
+        buffer[: self.HEADER] = [*(len(part) for part in parts), plan.top_k, plan.stop]
         for part, (start, room) in zip(parts, self._regions(), strict=True):
             assert part.size <= room, f"{len(part)} lines do not fit the wire layout"
             buffer[start : start + part.size] = part.ravel()
 
     def decode(self, buffer: Int32) -> StepPlan:
         """The plan in `buffer`; its arrays are copies."""
-        *lengths, stop = (int(word) for word in buffer[: self.HEADER])
+        *lengths, top_k, stop = (int(word) for word in buffer[: self.HEADER])
         widths = (len(Row), len(Seq), len(Commit), 1)
         rows, sequences, commits, resets = (
             buffer[start : start + length * width].reshape(length, width).copy()
             for (start, _), length, width in zip(self._regions(), lengths, widths, strict=True)
         )
-        return StepPlan(rows, sequences, commits, resets.ravel(), bool(stop))
+        return StepPlan(rows, sequences, commits, resets.ravel(), top_k, bool(stop))
 
     def _regions(self) -> list[tuple[int, int]]:
         """(start, words) of rows, sequences, commits and resets."""

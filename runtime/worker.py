@@ -18,7 +18,7 @@ from runtime.model.attention import RowBatch
 from runtime.model.loader import load_decoder, resolve_model
 from runtime.model.spec import ModelSpec
 from runtime.retention import layer_groups
-from runtime.sampler import choose_tokens
+from runtime.sampler import choose_tokens, top_tokens
 from runtime.step import Choose, Commit, Int32, Row, Seq, StepPlan, WireLayout
 
 MIN_ROWS = 2
@@ -26,7 +26,7 @@ MIN_ROWS = 2
 on and off must not differ (see runtime.model.layers.Linear)."""
 
 RESULT_HEADER = 1
-"""Words before the tokens in a result: the step's microseconds on this worker."""
+"""Words before the rows in a result: the step's microseconds on this worker."""
 
 
 class Worker:
@@ -34,7 +34,9 @@ class Worker:
 
     def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh) -> None:
         self.mesh = mesh
-        self.decoder = load_decoder(resolve_model(config.model.path), spec, mesh, getattr(torch, config.model.dtype))
+        self.decoder = load_decoder(
+            resolve_model(config.model.path), spec, mesh, getattr(torch, config.model.dtype)
+        )
         groups = layer_groups(config.cache, spec.num_layers, config.cache.slot_capacity(spec.max_positions))
         scheduler = config.scheduler
         self.caches = self.decoder.make_caches(groups, scheduler.max_sequences, max_staged=scheduler.max_rows)
@@ -42,18 +44,19 @@ class Worker:
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> Int32:
-        """Commit, run this replica's rows, and return the token each of them chose [T local]; -1: none."""
+        """Commit, run this replica's rows, and return per row the token it chose (-1: none) and, packed, the likeliest
+        ones. [T local, 1 + top_k]"""
+        chosen = np.zeros((len(local := plan.local_rows(self.mesh.replica)), 1 + plan.top_k), np.int32)
         if not plan.num_rows:
-            return np.empty(0, np.int32)  # a heartbeat: what is staged stays staged
+            return chosen  # a heartbeat: what is staged stays staged
         self._commit(plan)
         self._last = plan
         for slot, num_coming in plan.sequences[:, [Seq.SLOT, Seq.NUM_COMING]].tolist():
             if num_coming:
                 for cache in self.caches:
                     cache.begin_turn(slot, num_coming)
-        local = plan.local_rows(self.mesh.replica)
         if not len(local):
-            return np.empty(0, np.int32)
+            return chosen
         rows = plan.rows[np.resize(local, max(len(local), MIN_ROWS))]
         sequence_of_slot = {int(line[Seq.SLOT]): index for index, line in enumerate(plan.sequences)}
         sequences = plan.sequences[[sequence_of_slot[slot] for slot in rows[:, Row.SLOT].tolist()]]
@@ -66,16 +69,17 @@ class Worker:
             device=self.mesh.device,
         )
         hidden = self.decoder.forward(batch, self.caches)
-        tokens = np.full(len(rows), -1, np.int32)
+        rows, sequences = rows[: len(local)], sequences[: len(local)]
+        chosen[:, 0] = -1
         wanted = np.flatnonzero((rows[:, Row.CHOOSE] != Choose.NOTHING) & (rows[:, Row.OWNER] == self.mesh.replica))
         if len(wanted):
             logits = self.decoder.logits(hidden[torch.from_numpy(wanted).to(hidden.device)])
-            tokens[wanted] = (
-                choose_tokens(logits, rows[wanted], sequences[wanted], self.mesh, self.decoder.vocab_range)
-                .cpu()
-                .numpy()
-            )
-        return tokens[: len(local)]
+            place = self.mesh, self.decoder.vocab_range
+            found = [choose_tokens(logits, rows[wanted], sequences[wanted], *place)[:, None]]
+            if plan.top_k:
+                found.append(top_tokens(logits, plan.top_k, *place))
+            chosen[wanted] = torch.cat(found, dim=1).cpu().numpy()
+        return chosen
 
     def _commit(self, plan: StepPlan) -> None:
         """Move accepted rows of the last step into the caches; LP peers copy them from the replica that ran them."""
@@ -119,25 +123,30 @@ def serve(config: Config, spec: ModelSpec, rank: int, host: str, port: int) -> N
     control, mesh = meshes.join(rank, parallel.lp, parallel.tp, device, store)
     assert mesh is not None
     try:
-        _loop(Worker(config, spec, mesh), control, wire_layout(config), config.scheduler.max_rows)
+        _loop(Worker(config, spec, mesh), control, wire_layout(config))
     finally:
         dist.destroy_process_group()  # a peer that waits for this rank learns at once that it has gone
 
 
-def _loop(worker: Worker, control: meshes.ControlGroup, layout: WireLayout, max_rows: int) -> None:
+def _loop(worker: Worker, control: meshes.ControlGroup, layout: WireLayout) -> None:
     buffer = torch.zeros(layout.length, dtype=torch.int32)
-    result = torch.zeros(RESULT_HEADER + max_rows, dtype=torch.int32)
     while True:
         dist.broadcast(buffer, src=0, group=control.plan_group)
         plan = layout.decode(buffer.numpy())
         if plan.stop:
             return
         started = time.perf_counter()
-        tokens = worker.step(plan)
+        chosen = worker.step(plan)
         if control.result_group is not None:
-            result[RESULT_HEADER : RESULT_HEADER + len(tokens)] = torch.from_numpy(tokens)
+            result = torch.zeros(result_words(plan, worker.mesh.lp), dtype=torch.int32)
+            result[RESULT_HEADER : RESULT_HEADER + chosen.size] = torch.from_numpy(chosen.ravel())
             result[0] = int((time.perf_counter() - started) * 1e6)
             dist.gather(result, dst=0, group=control.result_group)
+
+
+def result_words(plan: StepPlan, lp: int) -> int:
+    """int32 words of a replica's result; as many on each, since a gather wants equal parts."""
+    return RESULT_HEADER + plan.most_local_rows(lp) * (1 + plan.top_k)
 
 
 def alive_key(rank: int) -> str:

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from runtime.step import Choose
 
+TAIL = 8
+"""Tokens of a row's past, its own included, that guesses are made from."""
+
 
 @dataclass
 class SequenceRows:
@@ -31,11 +34,26 @@ class SequenceRows:
         self.positions.append(self.positions[parent] + 1 if parent >= 0 else self.first_position)
         return len(self.tokens) - 1
 
-    def add_chain(self, tokens: list[int], reaches_end: bool) -> None:
-        """The tokens that are not cached yet; with `reaches_end` the last one is the current token."""
+    def truncate(self, count: int) -> None:
+        """Keep the first `count` rows."""
+        for column in (self.tokens, self.parents, self.choose, self.positions):
+            del column[count:]
+
+    def tails(self, before: tuple[int, ...], length: int) -> list[tuple[int, ...]]:
+        """Per row its last `length` tokens, itself included; `before` are those that stand before the first row."""
+        tails: list[tuple[int, ...]] = []
+        for token, parent in zip(self.tokens, self.parents, strict=True):
+            tails.append(((*tails[parent], token) if parent >= 0 else (*before, token))[-length:])
+        return tails
+
+    def add_chain(self, tokens: list[int], reaches_end: bool, choose: Choose = Choose.NOTHING) -> None:
+        """The tokens that are not cached yet; with `reaches_end` the last one is the current token.
+
+        `choose`: what the logits of the others are for.
+        """
         parent = -1
         for token in tokens:
-            parent = self.add(token, parent, Choose.NOTHING)
+            parent = self.add(token, parent, choose)
         if reaches_end:
             self.root = parent
             self.choose[parent] = Choose.SAMPLE

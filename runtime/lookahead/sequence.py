@@ -6,14 +6,17 @@ from collections.abc import Collection
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
 
-from runtime.lookahead.rows import SequenceRows
-from runtime.lookahead.sources import SOURCES, Source
+from runtime.lookahead.guesser import Guesser
+from runtime.lookahead.knowledge import Knowledge
+from runtime.lookahead.rows import TAIL, SequenceRows
 from runtime.lookahead.tree import CandidateTree
 from runtime.request import FinishReason, Request, Usage
 from runtime.retention import Ledger
+from runtime.step import Choose
 
 HISTORY = 1 << 14
 """Tokens of the text that candidate sources are sure to know; an endless text is forgotten beyond twice as many."""
+
 
 
 @dataclass
@@ -21,15 +24,22 @@ class StepRows:
     """What a sequence put into a step, until its results are back."""
 
     rows: SequenceRows
-    tree: CandidateTree
     num_chain: int
+    before: tuple[int, ...]
+    """Tokens before the first row."""
+    tree: CandidateTree | None = None
+    """None where nothing may be guessed."""
 
 
 class Sequence:
     """Plans the rows of one sequence's steps and takes in their results; a conversation's turns follow each other."""
 
-    def __init__(self, request: Request, slot: int, ledger: Ledger, eos_token_ids: Collection[int]) -> None:
+    def __init__(
+        self, request: Request, slot: int, ledger: Ledger, eos_token_ids: Collection[int], knowledge: Knowledge
+    ) -> None:
+        """`knowledge` is what the sequences of an engine share, unless the request wants its own."""
         self.slot, self.ledger, self._eos_token_ids = slot, ledger, eos_token_ids
+        self._shared = knowledge
         self.request = request
         self.text: list[int] = []
         """Prompts and answers, the newest tokens of them at least."""
@@ -40,13 +50,13 @@ class Sequence:
         self.commit_rows: list[int] = []
         """Rows of the last step (this sequence's own numbering) that the next plan commits."""
         self._num_forgotten = 0  # tokens before text[0]
-        self._sources: list[Source] = []
+        self._guesser: Guesser | None = None
         self._step: StepRows | None = None
         self.begin_turn(request)
 
     def begin_turn(self, request: Request) -> None:
         """Append a prompt, to be answered."""
-        renewed = not self._sources or self.request.lookahead != request.lookahead
+        renewed = self._guesser is None or self.request.lookahead != request.lookahead
         self.request = request
         self.usage = Usage(num_prompt_tokens=len(request.prompt_ids))
         self.num_coming = len(request.prompt_ids) + request.sampling.max_new_tokens
@@ -56,11 +66,11 @@ class Sequence:
         num_new = len(request.prompt_ids)
         if renewed:
             lookahead = request.lookahead
-            names = lookahead.sources if lookahead.enabled else ()
-            self._sources = [SOURCES[name](lookahead, self.text[-HISTORY:]) for name in names]
+            knowledge = self._shared if lookahead.share else Knowledge()
+            self._guesser = Guesser(lookahead, self.text[-HISTORY:], knowledge) if lookahead.enabled else None
             num_new = len(self.text)
-        for source in self._sources:
-            source.observe(self.text, min(num_new, HISTORY), is_prompt=True)
+        if self._guesser is not None:
+            self._guesser.observe(self.text, min(num_new, HISTORY), is_prompt=True)
 
     def withdraw_turn(self) -> None:
         """The turn ends before its time: what was not read of its prompt is dropped."""
@@ -83,46 +93,59 @@ class Sequence:
         start = self.num_cached - self._num_forgotten
         return self.text[start : None if count is None else start + count]
 
-    def plan(self, max_chain: int, room: int) -> SequenceRows:
-        """The rows of the next step: at most `max_chain` uncached tokens, then at most `room` guesses."""
+    @property
+    def wants_top(self) -> bool:
+        """Whether the step's rows are to give the model's likeliest tokens."""
+        return self._guesser is not None and self._guesser.wants_top
+
+    def plan(self, max_chain: int, room: int) -> StepRows:
+        """Begin the next step: at most `max_chain` uncached tokens, then the sources' own rows, at most `room`.
+
+        The tree below them is the caller's to grow; it is None where nothing is to be guessed.
+        """
         rows = SequenceRows(first_position=self.num_cached)
         horizon = self.ledger.horizon
         chain = self._uncached(min(max_chain, horizon - self.num_cached))
-        rows.add_chain(chain, reaches_end=len(chain) == self.num_uncached)
-        tree = CandidateTree(rows)
-        if self.request.sampling.max_new_tokens - self.usage.num_new_tokens == 1:
-            room = 0  # the last token needs no guesses
-        if rows.root >= 0:
-            for source in self._sources:
-                source.lay_out(rows, room - (len(rows) - len(chain)))
-            proposals = [source.propose(self.text) for source in self._sources]
-            tree.grow(proposals, room - (len(rows) - len(chain)), horizon)
-        self._step = StepRows(rows, tree, len(chain))
-        return rows
+        learn = Choose.NOTHING
+        rows.add_chain(chain, reaches_end=len(chain) == self.num_uncached, choose=learn)
+        start = self.num_cached - self._num_forgotten
+        self._step = StepRows(rows, len(chain), tuple(self.text[max(start - TAIL, 0) : start]))
+        missing = self.request.sampling.max_new_tokens - self.usage.num_new_tokens
+        if self._guesser is not None and rows.root >= 0 and missing > 1:  # the last token needs no guesses
+            self._guesser.lay_out(rows, room)
+            max_depth = min(horizon - 1 - rows.positions[rows.root], missing - 1)
+            self._step.tree = self._guesser.plant(rows, self.text, max_depth)
+        return self._step
 
-    def accept(self, chosen: Tokens[int], now_s: float) -> tuple[list[int], FinishReason | None]:
-        """Take in the token each row chose (-1: none).
+    def accept(
+        self, chosen: Tokens[int], top: Tokens[list[int]], now_s: float
+    ) -> tuple[list[int], FinishReason | None]:
+        """Take in the token each row chose (-1: none), and the likeliest ones where they were wanted.
 
         Returns the tokens emitted, in order: they are what one-at-a-time decoding emits next, up to where it
         ends; and why it ends there, if it does.
         """
         assert self._step is not None, "accept follows plan"
-        rows, tree, num_chain = self._step.rows, self._step.tree, self._step.num_chain
-        self._step = None
+        step, self._step = self._step, None
+        rows, tree, num_chain = step.rows, step.tree, step.num_chain
         self.num_coming = 0
         self.commit_rows = list(range(num_chain))
         self._enter_cache(rows, self.commit_rows)
+        if tree is not None:
+            assert self._guesser is not None
+            self._guesser.learn(tree, chosen, top, step.before)
+        elif self._guesser is not None:
+            self._guesser.learn_rows(rows, chosen, top, step.before)
         if rows.root < 0:
             return [], None
-        path, walked = tree.walk(chosen)
+        path, walked = tree.walk(chosen) if tree is not None else ([], [chosen[rows.root]])
         emitted, reason = self._until_end(walked)
         del path[len(emitted) - 1 :]  # where a run is cut, its last token waits uncached, as it would one at a time
         self.commit_rows += path
         self._enter_cache(rows, path)
         self.text += emitted
-        for source in self._sources:
-            source.learn(rows, chosen)
-            source.observe(self.text, len(emitted), is_prompt=False)
+        if self._guesser is not None:
+            self._guesser.observe(self.text, len(emitted), is_prompt=False)
         self._count(len(emitted), len(rows) - num_chain + 1, now_s)
         self._forget()
         return emitted, reason
@@ -162,5 +185,5 @@ class Sequence:
         if len(self.text) > 2 * HISTORY:
             self._num_forgotten += len(self.text) - HISTORY
             del self.text[:-HISTORY]
-            for source in self._sources:
-                source.forget(self.text)
+            if self._guesser is not None:
+                self._guesser.forget(self.text)

@@ -1,26 +1,40 @@
-"""Candidate sources: each proposes what may follow the current token.
+"""Candidate sources: each proposes tokens that may follow a node of the candidate tree.
 
 A new one is a class here, its name in SOURCES and in `LookaheadConfig.sources`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 from runtime.config import LookaheadConfig
+from runtime.lookahead.acceptance import Column, prior
 from runtime.lookahead.pool import NgramPool
-from runtime.lookahead.rows import SequenceRows
+from runtime.lookahead.recycling import MAX_ORDER, RecycleTable
+from runtime.lookahead.rows import TAIL, SequenceRows
 from runtime.lookahead.window import Window
+from runtime.step import TOP_BITS
 
 
 class Source:
-    """One sequence's source. The engine calls, per step: lay_out, propose, learn, observe."""
+    """One sequence's source. The engine calls, per step: lay_out, propose (per node), learn, observe."""
 
-    def __init__(self, config: LookaheadConfig, prompt: Sequence[int]) -> None:
+    PRIORS: tuple[float, ...] = ()
+    """A weight for each feature, to begin with (runtime.lookahead.acceptance)."""
+
+    def __init__(self, config: LookaheadConfig, prompt: Sequence[int], first_feature: int, table: RecycleTable) -> None:
+        """`first_feature` is the number of its first feature; `table` what the model gave before, shared by sources."""
         self.config = config
+        self.first_feature = first_feature
 
-    def propose(self, text: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Continuations of `text` (prompt and output), best first; any number, any length."""
+    @property
+    def features(self) -> range:
+        """The numbers of its features."""
+        return range(self.first_feature, self.first_feature + len(self.PRIORS))
+
+    def propose(self, tail: tuple[int, ...], depth: int) -> Iterable[Column]:
+        """Tokens that may follow a text that ends in `tail`, of which the last `depth` tokens are guesses."""
         raise NotImplementedError
 
     def lay_out(self, rows: SequenceRows, room: int) -> None:
@@ -39,22 +53,46 @@ class Source:
 class JacobiSource(Source):
     """The paper's algorithm: an n-gram pool fed by the lookahead window, the prompt and the output."""
 
-    def __init__(self, config: LookaheadConfig, prompt: Sequence[int]) -> None:
-        super().__init__(config, prompt)
-        self.pool = NgramPool(config.ngram_size, config.guess_set_size)
-        self.window = Window(config.window_size, config.ngram_size, prompt)
-        self._laid_out = False
+    DEPTHS, AGES = 3, 4
+    PRIORS = (0.0, *(prior(p / (1 + age / 2)) for p in (0.25, 0.35, 0.45) for age in range(4)))
+    """By how many tokens of the n-gram are there already, and by how old it is among the pool's."""
 
-    def propose(self, text: Sequence[int]) -> Iterator[Sequence[int]]:
-        return self.pool.tails(text[-1])
+    def __init__(self, config: LookaheadConfig, prompt: Sequence[int], first_feature: int, table: RecycleTable) -> None:
+        super().__init__(config, prompt, first_feature, table)
+        self.pool = NgramPool(config.ngram_size, config.guess_set_size)
+        self._prompt = prompt
+        self.window: Window | None = Window(config.window_size, config.ngram_size, prompt)
+        self._laid_out = False
+        self._next: dict[tuple[int, ...], list[int]] = {}  # guesses so far -> what follows them in the pool, new first
+
+    def propose(self, tail: tuple[int, ...], depth: int) -> Iterable[Column]:
+        if depth == 0:
+            self._next = {}
+            for ngram in self.pool.tails(tail[-1]):
+                for length, token in enumerate(ngram):
+                    followers = self._next.setdefault(ngram[:length], [])
+                    if token not in followers:
+                        followers.append(token)
+        followers = self._next.get(tail[len(tail) - depth :] if depth else (), []) if depth < TAIL else []
+        first = self.first_feature + 1 + min(depth, self.DEPTHS - 1) * self.AGES
+        yield Column(
+            self.first_feature, [(token, first + min(age, self.AGES - 1)) for age, token in enumerate(followers)]
+        )
+
+    def resize(self, window_size: int, ngram_size: int) -> None:
+        """Go on with a window of this size, a new one if it has another now; 0 columns are none."""
+        if window_size == 0:
+            self.window = None
+        elif self.window is None or (self.window.window_size, self.window.ngram_size) != (window_size, ngram_size):
+            self.window = Window(window_size, ngram_size, self._prompt)
 
     def lay_out(self, rows: SequenceRows, room: int) -> None:
-        self._laid_out = self.window.num_rows - 1 <= room
-        if self._laid_out:
+        self._laid_out = self.window is not None and self.window.num_rows - 1 <= room
+        if self.window is not None and self._laid_out:
             self.window.lay_out(rows)
 
     def learn(self, rows: SequenceRows, chosen: Sequence[int]) -> None:
-        if self._laid_out:
+        if self.window is not None and self._laid_out:
             for ngram in self.window.advance(rows.tokens[rows.root], chosen):
                 self.pool.add(ngram)
 
@@ -64,35 +102,102 @@ class JacobiSource(Source):
 
 
 class SuffixSource(Source):
-    """Prompt lookup: what followed the longest suffix of the text the last times it was seen."""
+    """Prompt lookup: what followed the longest suffixes of the text where they stood before."""
 
-    MAX_MATCH = 6
-    """Longest suffix looked up, tokens."""
-    MAX_DRAFT = 10
-    """Tokens copied from behind a match."""
+    MAX_PROPOSALS = 8
+    PRIORS = (
+        0.0,
+        *(
+            prior(match * share)
+            for match in (0.08, 0.2, 0.4, 0.55, 0.65, 0.7, 0.75, 0.8)
+            for share in (0.3, 0.6, 1.0)
+            for _ in range(2)
+        ),
+    )
+    """By the length of the match, the share of its followers that were this token, and whether it was seen twice."""
+    MAX_MATCH = len(PRIORS) // 6
 
-    def __init__(self, config: LookaheadConfig, prompt: Sequence[int]) -> None:
-        super().__init__(config, prompt)
-        self._ends: dict[tuple[int, ...], list[int]] = {}  # suffix -> where its continuations begin, oldest first
+    def __init__(self, config: LookaheadConfig, prompt: Sequence[int], first_feature: int, table: RecycleTable) -> None:
+        super().__init__(config, prompt, first_feature, table)
+        self._followers: dict[tuple[int, ...], dict[int, int]] = {}  # tokens -> how often which one followed them
 
-    def propose(self, text: Sequence[int]) -> Iterator[Sequence[int]]:
-        seen: set[int] = set()
-        for length in range(min(self.MAX_MATCH, len(text)), 0, -1):
-            for start in reversed(self._ends.get(tuple(text[-length:]), ())):
-                if len(seen) == self.config.guess_set_size:
-                    return
-                if start < len(text) and start not in seen:
-                    seen.add(start)
-                    yield text[start : start + self.MAX_DRAFT]
+    def propose(self, tail: tuple[int, ...], depth: int) -> Iterable[Column]:
+        proposals: dict[int, int] = {}
+        for length in range(min(self.MAX_MATCH, len(tail)), 0, -1):
+            followers = self._followers.get(tail[-length:])
+            if followers is None:
+                continue
+            total = sum(followers.values())
+            first = self.first_feature + 1 + (length - 1) * 6
+            for token, count in reversed(followers.items()):  # newest first
+                if token not in proposals:
+                    share = 2 if count == total else int(2 * count >= total)
+                    proposals[token] = first + 2 * share + (count > 1)
+            if len(proposals) >= self.MAX_PROPOSALS:
+                break
+        yield Column(self.first_feature, list(proposals.items())[: self.MAX_PROPOSALS])
 
     def observe(self, text: Sequence[int], num_new: int, is_prompt: bool) -> None:
-        for end in range(len(text) - num_new + 1, len(text) + 1):
+        for end in range(max(len(text) - num_new, 1), len(text)):
             for length in range(1, min(self.MAX_MATCH, end) + 1):
-                self._ends.setdefault(tuple(text[end - length : end]), []).append(end)
+                followers = self._followers.setdefault(tuple(text[end - length : end]), {})
+                followers[text[end]] = followers.pop(text[end], 0) + 1
 
     def forget(self, text: Sequence[int]) -> None:
-        self._ends.clear()
+        self._followers.clear()
         self.observe(text, len(text), is_prompt=True)
 
 
-SOURCES: dict[str, type[Source]] = {"jacobi": JacobiSource, "suffix": SuffixSource}
+class RecycleSource(Source):
+    """The likeliest tokens that the model gave the last time it stood behind the same tokens, in whatever row."""
+
+    BUCKETS = 16
+    PER_BUCKET = 8
+    """Sixteenths of a nat of log-probability."""
+    PRIORS = (
+        0.0,  # nothing is known here
+        *(
+            weight * prior(trust * math.exp(-(bucket + 0.5) * 0.5)) if bucket < 16 else 0.0
+            for weight in (1.0, 0.3)  # of the longest context known, and of the next
+            for trust in (0.5, 0.75, 0.85)  # that the probability given behind 1, 2, 3 tokens holds here, too
+            for bucket in range(17)  # the last: not among the likeliest
+        ),
+    )
+    """By context (the longest known, or the next), by its length, and by the log-probability it gave."""
+
+    def __init__(self, config: LookaheadConfig, prompt: Sequence[int], first_feature: int, table: RecycleTable) -> None:
+        super().__init__(config, prompt, first_feature, table)
+        self.table = table
+
+    def propose(self, tail: tuple[int, ...], depth: int) -> Iterable[Column]:
+        found = self.table.lookup(tail)
+        per_order = self.BUCKETS + 1
+        for place in range(2):
+            if place < len(found):
+                order, top = found[place]
+                first = self.first_feature + 1 + (place * MAX_ORDER + order - 1) * per_order
+                mask = (1 << TOP_BITS) - 1
+                proposals = [
+                    (packed >> TOP_BITS, first + min((packed & mask) // self.PER_BUCKET, self.BUCKETS - 1))
+                    for packed in top
+                ]
+                yield Column(first + self.BUCKETS, proposals)
+            else:
+                yield Column(self.first_feature, ())
+
+
+SOURCES: dict[str, type[Source]] = {"jacobi": JacobiSource, "suffix": SuffixSource, "recycle": RecycleSource}
+
+
+def priors() -> list[float]:
+    """The weights of all sources' features, in the order of SOURCES."""
+    return [weight for source in SOURCES.values() for weight in source.PRIORS]
+
+
+def first_features() -> dict[str, int]:
+    """Where each source's features begin among them."""
+    first, starts = 0, {}
+    for name, source in SOURCES.items():
+        starts[name] = first
+        first += len(source.PRIORS)
+    return starts

@@ -27,7 +27,7 @@ def make_config(directory, lp: int = 1, tp: int = 1) -> Config:
         {
             "model": {"path": str(directory)},
             "parallel": {"lp": lp, "tp": tp},
-            "lookahead": {"window_size": 6, "ngram_size": 4, "guess_set_size": 6},
+            "lookahead": {"planner": False, "window_size": 6, "ngram_size": 4, "guess_set_size": 6},
             "scheduler": {"max_sequences": 4, "max_rows": 128},
         }
     )
@@ -73,7 +73,7 @@ def test_lookahead_parallel_replicas_share_the_rows(tiny_model):
             return execute(plan)
 
         executor.execute = record
-        engine.generate([PROMPTS[0]], SAMPLING["greedy"], LookaheadConfig(window_size=12, ngram_size=4))
+        engine.generate([PROMPTS[0]], SAMPLING["greedy"], LookaheadConfig(planner=False, window_size=12, ngram_size=4))
     wide = [share for share in shares[1:] if share[0] > 30]  # the first step is the prompt's chain, on one replica
     assert wide
     for total, first, second in wide:

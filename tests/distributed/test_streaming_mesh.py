@@ -29,7 +29,7 @@ PROMPTS = [talk(5, seed=21), talk(33, seed=22), talk(1, seed=23)]
 TURNS = [talk(length, seed=30 + length) for length in (18, 3, 9)]
 GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True)
 SAMPLED = SamplingParams(max_new_tokens=20, ignore_eos=True, temperature=0.6, seed=8)
-WIDE = LookaheadConfig(window_size=6, ngram_size=3, guess_set_size=6)
+WIDE = LookaheadConfig(planner=False, window_size=6, ngram_size=3, guess_set_size=6)
 
 
 class LastingPool:

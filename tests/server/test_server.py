@@ -101,7 +101,7 @@ def test_every_kind_of_prompt_and_every_parameter_arrives(client: Client, engine
     }  # fmt: skip
     lookahead = {
         "enabled": False, "window_size": 3, "ngram_size": 4, "guess_set_size": 2, "sources": ("suffix",),
-        "row_budget": 50, "pool_from_prompt": False, "pool_from_output": False,
+        "row_budget": 50, "pool_from_prompt": False, "pool_from_output": False, "planner": False, "share": False,
     }  # fmt: skip
     client.complete("Ab", sampling=sampling, lookahead=lookahead, request_id="r1")
     client.complete(messages=[{"role": "user", "content": "Ab"}], sampling={"max_new_tokens": 1})
@@ -155,7 +155,7 @@ BAD_REQUESTS = {
     "negative seed": (pb.GenerateRequest(text="A", sampling={"seed": -1}), "sampling.seed"),
     "unknown source": (pb.GenerateRequest(text="A", lookahead={"sources": ["oracle"]}), "lookahead.sources"),
     "window of 0": (pb.GenerateRequest(text="A", lookahead={"window_size": 0}), "lookahead.window_size"),
-    "budget": (pb.GenerateRequest(text="A", lookahead={"row_budget": 2}), "lookahead.row_budget"),
+    "budget": (pb.GenerateRequest(text="A", lookahead={"row_budget": 2, "planner": False}), "lookahead.row_budget"),
     "empty id": (pb.GenerateRequest(text="A", request_id=""), "request_id"),
     "long id": (pb.GenerateRequest(text="A", request_id="x" * 129), "request_id"),
 }

@@ -23,12 +23,14 @@ def test_yaml_and_overrides_make_one_tree(tmp_path):
     ("override", "field", "words"),
     [
         ("parallel.lp=0", "parallel.lp", "greater than or equal to 1"),
-        ("parallel.ranks=2", "parallel.ranks", "lp, tp, threads"),
+        ("parallel.ranks=2", "parallel.ranks", "lp, tp"),
         ("paralel.lp=2", "paralel", "parallel"),
         ("model.dtype=int4", "model.dtype", "bfloat16"),
         ("lookahead.sources=[psychic]", "lookahead.sources.0", "suffix"),
         ("lookahead.sources=[suffix, suffix]", "lookahead.sources", "repeated"),
-        ("lookahead.row_budget=3", "lookahead.row_budget", "W*(N-1)"),
+        ("lookahead={planner: false, row_budget: 3}", "lookahead.row_budget", "W*(N-1)"),
+        ("parallel={split: auto, lp: 2}", "parallel.split", "Leave them out"),
+        ("parallel={workers: 3, lp: 2}", "parallel.workers", "not lp"),
         ("scheduler.max_sequences=256", "scheduler.max_rows", "twice"),
         ("sampling.temperature=.nan", "sampling.temperature", "finite"),
         ("sampling.top_p=0", "sampling.top_p", "greater than 0"),
@@ -56,9 +58,15 @@ def test_files_that_are_no_config_are_refused(tmp_path):
         Config.load(tmp_path / "none.yaml")
 
 
+def test_parallel_auto_is_short_for_an_automatic_split():
+    parallel = Config.load(None, ["parallel=auto"]).parallel
+    assert parallel.split == "auto" and parallel.workers is None
+    assert Config.load(None, ["parallel.split=auto", "parallel.workers=6"]).parallel.workers == 6
+
+
 def test_a_window_must_fit_into_a_step():
     with pytest.raises(ConfigError, match="scheduler.max_rows"):
-        Config.load(None, ["lookahead.window_size=200", "lookahead.ngram_size=4"])
+        Config.load(None, ["lookahead.planner=false", "lookahead.window_size=200", "lookahead.ngram_size=4"])
     narrow = LookaheadConfig(window_size=1, ngram_size=16)
     assert narrow.window_rows == 64  # a narrow, tall window needs more rows while it fills than W*(N-1) = 15
     assert LookaheadConfig(window_size=15, ngram_size=5).window_rows == 60

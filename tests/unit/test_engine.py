@@ -12,12 +12,15 @@ from runtime.request import FinishReason
 
 PLAIN = LookaheadConfig(enabled=False)
 SETTINGS = {
-    "jacobi": LookaheadConfig(sources=("jacobi",)),
-    "suffix": LookaheadConfig(sources=("suffix",)),
-    "both": LookaheadConfig(),
-    "bigrams": LookaheadConfig(sources=("jacobi",), window_size=1, ngram_size=2, guess_set_size=1),
-    "tall": LookaheadConfig(window_size=2, ngram_size=9, guess_set_size=3),
-    "budget": LookaheadConfig(row_budget=64),
+    "jacobi": LookaheadConfig(planner=False, sources=("jacobi",)),
+    "suffix": LookaheadConfig(planner=False, sources=("suffix",)),
+    "recycle": LookaheadConfig(planner=False, sources=("recycle",), row_budget=40),
+    "all": LookaheadConfig(planner=False),
+    "bigrams": LookaheadConfig(planner=False, sources=("jacobi",), window_size=1, ngram_size=2, guess_set_size=1),
+    "tall": LookaheadConfig(planner=False, window_size=2, ngram_size=9, guess_set_size=3),
+    "budget": LookaheadConfig(planner=False, row_budget=64),
+    "planner": LookaheadConfig(),
+    "alone": LookaheadConfig(share=False),
 }
 
 
@@ -184,7 +187,7 @@ def test_a_full_queue_refuses_one_more(engine):
         ([-1], SamplingParams(), PLAIN, "token_ids"),
         ([1] * 512, SamplingParams(), PLAIN, "prompt"),
         ([1], SamplingParams(stop_token_ids=(262,)), PLAIN, "sampling.stop_token_ids"),
-        ([1], SamplingParams(), LookaheadConfig(window_size=100), "lookahead.window_size"),
+        ([1], SamplingParams(), LookaheadConfig(planner=False, window_size=100), "lookahead.window_size"),
     ],
 )
 def test_bad_requests_name_the_field(engine, prompt, sampling, lookahead, field):

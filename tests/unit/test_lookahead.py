@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from runtime.config import LookaheadConfig, SamplingParams
+from runtime.lookahead import planner
+from runtime.lookahead.acceptance import Acceptance, Candidate, Column, Judge
+from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.partition import partition
+from runtime.lookahead.planner import PATIENCE, Bed, WindowChooser
 from runtime.lookahead.pool import NgramPool
-from runtime.lookahead.rows import SequenceRows
+from runtime.lookahead.recycling import RecycleTable
+from runtime.lookahead.rows import TAIL, SequenceRows
 from runtime.lookahead.sequence import Sequence
-from runtime.lookahead.sources import SuffixSource
+from runtime.lookahead.sources import Source, SuffixSource, first_features, priors
 from runtime.lookahead.tree import CandidateTree
 from runtime.lookahead.window import Window
 from runtime.request import Request
 from runtime.retention import LayerGroup, Ledger, Sliding
-from runtime.step import Choose
+from runtime.step import TOP_BITS, Choose
 
 
 def ancestors(rows: SequenceRows, row: int) -> list[int]:
@@ -40,29 +46,49 @@ def choose_all(rows: SequenceRows, cached: list[int]) -> list[int]:
     ]
 
 
-def decode(lookahead: LookaheadConfig, prompt: list[int], count: int, max_chain: int = 4, room: int = 1000):
+def likeliest(context: list[int]) -> list[int]:
+    """What a worker would pack: the next token surely, and two that it is not."""
+    token = toy_model(context)
+    return [token << TOP_BITS, (token + 1) % 7 << TOP_BITS | 60, (token + 2) % 7 << TOP_BITS | 90]
+
+
+def decode(
+    lookahead: LookaheadConfig,
+    prompt: list[int],
+    count: int,
+    max_chain: int = 4,
+    room: int = 1000,
+    knowledge: Knowledge | None = None,
+):
     """The tokens a Sequence emits under the toy model, and its steps."""
     sampling = SamplingParams(max_new_tokens=count)
     ledger = Ledger([LayerGroup((0,), lambda: Sliding(None, 1000, slot=False))], capacity=1000)
-    sequence = Sequence(Request("r", tuple(prompt), sampling, lookahead), 0, ledger, eos_token_ids=())
+    sequence = Sequence(Request("r", tuple(prompt), sampling, lookahead), 0, ledger, (), knowledge or Knowledge())
     output: list[int] = []
     while len(output) < count:
         cached = sequence.text[: sequence.num_cached]
-        rows = sequence.plan(max_chain, room)
+        step = sequence.plan(max_chain, room)
+        rows = step.rows
+        if step.tree is not None:
+            step.tree.fill(room - (len(rows) - step.num_chain))
+        assert len(rows) <= max_chain + room
         assert all(
             rows.positions[i] == (rows.positions[p] if p >= 0 else len(cached) - 1) + 1
             for i, p in enumerate(rows.parents)
         )
-        output += sequence.accept(choose_all(rows, cached), 0.0)[0]
+        top = [likeliest([0, 0, *cached, *ancestors(rows, row)]) for row in range(len(rows))]
+        output += sequence.accept(choose_all(rows, cached), top, 0.0)[0]
     return output[:count], sequence.usage.num_steps
 
 
-@pytest.mark.parametrize("sources", [("jacobi",), ("suffix",), ("jacobi", "suffix")], ids="-".join)
+@pytest.mark.parametrize(
+    "sources", [("jacobi",), ("suffix",), ("recycle",), ("jacobi", "suffix", "recycle")], ids="-".join
+)
 @pytest.mark.parametrize("shape", [(1, 2, 1), (3, 2, 4), (1, 6, 2), (5, 3, 5), (15, 5, 15)], ids=str)
 def test_lookahead_emits_what_one_at_a_time_emits(sources, shape):
     window_size, ngram_size, guess_set_size = shape
     config = LookaheadConfig(
-        window_size=window_size, ngram_size=ngram_size, guess_set_size=guess_set_size, sources=sources
+        window_size=window_size, ngram_size=ngram_size, guess_set_size=guess_set_size, sources=sources, planner=False
     )
     prompt = [1, 2, 3, 4, 5, 6, 0, 1, 3]
     plain, plain_steps = decode(LookaheadConfig(enabled=False), prompt, 200)
@@ -73,7 +99,7 @@ def test_lookahead_emits_what_one_at_a_time_emits(sources, shape):
 
 
 def test_a_row_budget_bounds_the_rows_and_keeps_the_tokens():
-    config = LookaheadConfig(sources=("suffix",))
+    config = LookaheadConfig(sources=("suffix", "recycle"), planner=False)
     prompt = [1, 2, 3, 4, 5, 6, 0, 1, 3]
     for room in (0, 1, 3):
         assert decode(config, prompt, 100, room=room)[0] == decode(LookaheadConfig(enabled=False), prompt, 100)[0]
@@ -130,34 +156,167 @@ def test_pool_keeps_the_g_most_recent_ngrams_of_a_first_token():
     assert list(pool.tails(8)) == [(9, 8)] and list(pool.tails(9)) == [(8, 9)]
 
 
+def tokens_of(source: Source, text: list[int]) -> list[int]:
+    """What a source proposes behind a text, in its own order."""
+    return [token for column in source.propose(tuple(text[-TAIL:]), 0) for token, _ in column.proposals]
+
+
 def test_suffix_prefers_long_then_recent_matches():
     text = [1, 2, 3, 7, 9, 2, 3, 8, 1, 2, 3]
-    source = SuffixSource(LookaheadConfig(sources=("suffix",)), text)
+    source = SuffixSource(LookaheadConfig(sources=("suffix",)), text, 0, RecycleTable())
     source.observe(text, len(text), is_prompt=True)
-    proposals = [candidate[0] for candidate in source.propose(text)]
-    assert proposals == [7, 8]  # after [1, 2, 3]; then after [2, 3]
+    assert tokens_of(source, text) == [7, 8, 1] or tokens_of(source, text) == [7, 8]  # [1, 2, 3], then [2, 3]
     text += [7]
     source.observe(text, 1, is_prompt=False)
-    assert next(source.propose(text))[0] == 9
+    assert tokens_of(source, text)[0] == 9
+    source.forget(text[-2:])
+    assert tokens_of(source, text) == []
 
 
-def test_tree_stores_shared_prefixes_once_and_walks_the_longest_path():
+def test_a_longer_match_is_trusted_more_and_a_source_that_agrees_adds_to_it():
+    judge = Judge(Acceptance(priors()))
+    short, long = SuffixSource.PRIORS.index(max(SuffixSource.PRIORS)), 1
+    first = first_features()["suffix"]
+    weak, strong = (judge.candidates([Column(first, [(5, first + f)])])[0].probability for f in (long, short))
+    assert 0 < weak < strong < 1
+    recycle = first_features()["recycle"]
+    both = judge.candidates([Column(first, [(5, first + long)]), Column(recycle, [(5, recycle + 1)])])
+    assert len(both) == 1 and both[0].probability > weak
+
+
+def test_acceptance_is_learned_from_what_was_proposed_whether_it_fitted_or_not():
+    judge = Judge(Acceptance(priors()))
+    first = first_features()["suffix"]
+    column = Column(first, [(5, first + 1), (6, first + 2)])
+    before = {c.token: c.probability for c in judge.candidates([column])}
+    for _ in range(200):
+        judge.learn(judge.candidates([column]), 5)
+    after = {c.token: c.probability for c in judge.candidates([column])}
+    assert after[5] > 0.8 > before[5] and after[6] < 0.1
+    for turn in range(400):  # now it is right half of the time
+        judge.learn(judge.candidates([column]), 5 if turn % 2 else 9)
+    assert 0.3 < judge.candidates([column])[0].probability < 0.7
+
+
+def test_a_text_that_is_hard_to_guess_lowers_its_own_probabilities_only():
+    shared = Acceptance([0.0] + [2.0] * 400)
+    hard, other = Judge(shared), Judge(shared)
+    shared._evidence = [1e9] * len(shared.weights)  # nothing more is learned in common
+    for _ in range(100):
+        hard.learn(hard.candidates([Column(0, [(5, 1)])]), 9)
+    assert hard.candidates([Column(0, [(5, 1)])])[0].probability < 0.1
+    assert other.candidates([Column(0, [(5, 1)])])[0].probability > 0.1
+
+
+def test_recycle_knows_the_longest_contexts_and_forgets_the_oldest():
+    table = RecycleTable(max_contexts=3)
+    table.update((1, 2, 3), [10])
+    table.update((9, 2, 3), [11])
+    assert table.lookup((1, 2, 3)) == [(3, [10]), (2, [11])]
+    assert table.lookup((7, 7, 3)) == [(1, [11])]
+    assert table.lookup((3,)) == [(1, [11])] and table.lookup((4, 5, 6)) == []
+    for token in range(4, 8):
+        table.update((token,), [token])
+    assert table.lookup((3,)) == [] and len(table) <= 9
+
+
+def plant(proposals: dict[tuple[int, ...], list[tuple[float, int]]], max_depth: int = 99) -> CandidateTree:
+    """A tree below token 5 whose candidates behind each path of guesses are given as (probability, token)."""
+
+    def expand(tail: tuple[int, ...], depth: int) -> list[Candidate]:
+        path = tail[len(tail) - depth :] if depth else ()
+        return [Candidate(probability, token, ()) for probability, token in proposals.get(path, [])]
+
     rows = SequenceRows(first_position=0)
     rows.add_chain([5], reaches_end=True)
-    tree = CandidateTree(rows)
-    tree.grow([iter([(1, 2, 3), (1, 4), (1, 2, 9)])], room=100, horizon=100)
-    assert rows.tokens == [5, 1, 2, 3, 4, 9]
-    assert rows.parents == [-1, 0, 1, 2, 1, 2]
-    chosen = [1, 2, 9, 0, 0, 6]
-    assert tree.walk(chosen) == ([1, 2, 5], [1, 2, 9, 6])
+    return CandidateTree(rows, (5,), max_depth, expand)
+
+
+FOREST = {(): [(0.6, 1), (0.3, 4)], (1,): [(0.9, 2), (0.05, 3)], (1, 2): [(0.5, 9)], (4,): [(0.5, 7)]}
+
+
+def test_tree_grows_likeliest_path_first_and_walks_the_longest():
+    tree = plant(FOREST)
+    tree.fill(5)
+    assert tree.rows.tokens == [5, 1, 2, 4, 9, 7]  # 0.6, 0.54, 0.3, 0.27, 0.15
+    assert tree.rows.parents == [-1, 0, 1, 0, 2, 3]
+    assert tree.margin == pytest.approx(0.15)
+    assert tree.walk([1, 2, 9, 0, 6, 0]) == ([1, 2, 4], [1, 2, 9, 6])
     assert tree.walk([8, 0, 0, 0, 0, 0]) == ([], [8])
+    assert [node.row for node in tree.decided([1, 2, 8, 0, 0, 0])] == [0, 1, 2]
 
 
-def test_tree_takes_turns_between_sources_within_its_room():
-    rows = SequenceRows(first_position=0)
-    rows.add_chain([5], reaches_end=True)
-    CandidateTree(rows).grow([iter([(1, 2), (3, 4)]), iter([(6, 7)])], room=5, horizon=100)
-    assert rows.tokens[1:] == [1, 2, 6, 7, 3]
+def test_tree_keeps_within_its_room_depth_and_what_it_is_cut_to():
+    tree = plant(FOREST, max_depth=1)
+    tree.fill(99)
+    assert tree.rows.tokens == [5, 1, 4]
+    tree = plant(FOREST)
+    tree.fill(99)
+    assert len(tree.rows) == 7
+    tree.truncate(2)
+    assert tree.rows.tokens == [5, 1, 2] and tree.walk([1, 2, 9]) == ([1, 2], [1, 2, 9])
+    assert tree.next_probability == 0
+
+
+def test_planner_takes_what_pays_by_the_cost_of_rows():
+    free = np.ones(200)
+    tree = plant(FOREST)
+    assert planner.grow([Bed(tree, 99)], 1, free) == pytest.approx(1 + 0.6 + 0.54 + 0.3 + 0.27 + 0.15 + 0.03)
+    assert tree.num_candidates == 6
+    dear = 0.45 + 0.55 * np.arange(200)  # a row costs half of what the first did
+    tree = plant(FOREST)
+    assert planner.grow([Bed(tree, 99)], 1, dear) == 1.6 and tree.num_candidates == 1
+    tree = plant({(): [(0.5, 1)]})
+    planner.grow([Bed(tree, 99)], 1, dear)
+    assert tree.num_candidates == 0 and tree.margin == 1  # plain decoding
+
+
+def test_planner_looks_past_a_step_in_the_cost_curve_to_where_rows_are_cheap_again():
+    stairs = np.array([1.0, 1.0, *[1.5] * 98])
+    tree = plant({(): [(0.2, token) for token in range(4)]})
+    planner.grow([Bed(tree, 99)], 1, stairs)
+    assert tree.num_candidates == 4  # 1.2 / 1.5 < 1, but 1.8 / 1.5 > 1
+
+
+def test_planner_divides_rows_among_sequences_by_worth():
+    good, bad = plant(FOREST), plant({(): [(0.1, 1), (0.09, 2)]})
+    seconds = np.concatenate([np.ones(6), np.full(200, 100.0)])
+    planner.grow([Bed(good, 99), Bed(bad, 99)], 2, seconds)
+    assert (good.num_candidates, bad.num_candidates) == (3, 0)
+    tight = plant(FOREST)
+    planner.grow([Bed(tight, 1)], 1, np.ones(50))
+    assert tight.num_candidates == 1
+
+
+def test_a_window_is_tried_where_rows_are_nearly_free_and_dropped_where_it_gives_nothing():
+    windows = WindowChooser()
+    for _ in range(PATIENCE):
+        windows.observe(0.0, margin=0.05)
+    assert windows.size == (0, 0)
+    for _ in range(PATIENCE):
+        windows.observe(0.0, margin=0.0001)
+    assert windows.size != (0, 0)
+    for _ in range(40 * PATIENCE):
+        windows.observe(0.0, margin=0.002)
+    assert windows.size == (0, 0)
+    for _ in range(PATIENCE):
+        windows.observe(0.0, margin=0.0001)
+    size = windows.size
+    for _ in range(20 * PATIENCE):
+        windows.observe(3.0, margin=0.004)
+    assert windows.size != (0, 0) and size != (0, 0)
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "own"])
+def test_what_one_text_taught_helps_the_next_if_it_is_shared(share):
+    config = LookaheadConfig(sources=("recycle",), planner=False, row_budget=8, share=share)
+    knowledge = Knowledge()
+    prompt = [1, 2, 3, 4, 5, 6, 0, 1, 3]
+    first, cold = decode(config, prompt, 60, knowledge=knowledge)
+    second, warm = decode(config, prompt, 60, knowledge=knowledge)
+    assert first == second
+    assert (warm < cold) == share
+    assert (len(knowledge.table) > 0) == share
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 3, 8])

@@ -20,7 +20,8 @@ from tests.oracles import POLICIES, Dense, kept_ratios, seen
 from tests.unit.test_engine import PLAIN
 
 VOCABULARY = 16
-SUFFIX = LookaheadConfig(sources=("suffix",))
+SUFFIX = LookaheadConfig(planner=False, sources=("suffix",), row_budget=24)
+FIXED = LookaheadConfig(planner=False, window_size=5, ngram_size=4, guess_set_size=5)
 GREEDY = SamplingParams(max_new_tokens=14, ignore_eos=True)
 SAMPLED = SamplingParams(max_new_tokens=14, ignore_eos=True, temperature=0.7, seed=4)
 
@@ -106,7 +107,7 @@ class Talk:
 PROMPTS = [some_talk(length, seed) for seed, length in enumerate((21, 5, 1, 30, 2))]
 
 
-@pytest.mark.parametrize("lookahead", [PLAIN, LookaheadConfig()], ids=["off", "on"])
+@pytest.mark.parametrize("lookahead", [PLAIN, FIXED], ids=["off", "on"])
 @pytest.mark.parametrize("policy", ["full", "sink", "sink-original", "sep", "streaming", "streaming-after-original"])
 def test_a_conversation_is_one_run_over_the_whole_text(model, policy, lookahead) -> None:
     place, dense = model
@@ -359,7 +360,7 @@ def test_texts_longer_than_the_engine_remembers(model, monkeypatch) -> None:
     place, dense = model
     cache = cache_of("streaming")
     with make_engine(place, cache) as engine:
-        for lookahead in (SUFFIX, LookaheadConfig()):
+        for lookahead in (SUFFIX, FIXED):
             talk = Talk.start(engine)
             for prompt in PROMPTS:
                 talk.turn(prompt, GREEDY, lookahead)

@@ -101,7 +101,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
 
 class LookaheadParams(_message.Message):
-    __slots__ = ("enabled", "window_size", "ngram_size", "guess_set_size", "sources", "row_budget", "pool_from_prompt", "pool_from_output")
+    __slots__ = ("enabled", "window_size", "ngram_size", "guess_set_size", "sources", "row_budget", "pool_from_prompt", "pool_from_output", "planner", "share")
     ENABLED_FIELD_NUMBER: _ClassVar[int]
     WINDOW_SIZE_FIELD_NUMBER: _ClassVar[int]
     NGRAM_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,8 @@ class LookaheadParams(_message.Message):
     ROW_BUDGET_FIELD_NUMBER: _ClassVar[int]
     POOL_FROM_PROMPT_FIELD_NUMBER: _ClassVar[int]
     POOL_FROM_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    PLANNER_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
     enabled: bool
     window_size: int
     ngram_size: int
@@ -118,7 +120,9 @@ class LookaheadParams(_message.Message):
     row_budget: int
     pool_from_prompt: bool
     pool_from_output: bool
-    def __init__(self, enabled: _Optional[bool] = ..., window_size: _Optional[int] = ..., ngram_size: _Optional[int] = ..., guess_set_size: _Optional[int] = ..., sources: _Optional[_Iterable[str]] = ..., row_budget: _Optional[int] = ..., pool_from_prompt: _Optional[bool] = ..., pool_from_output: _Optional[bool] = ...) -> None: ...
+    planner: bool
+    share: bool
+    def __init__(self, enabled: _Optional[bool] = ..., window_size: _Optional[int] = ..., ngram_size: _Optional[int] = ..., guess_set_size: _Optional[int] = ..., sources: _Optional[_Iterable[str]] = ..., row_budget: _Optional[int] = ..., pool_from_prompt: _Optional[bool] = ..., pool_from_output: _Optional[bool] = ..., planner: _Optional[bool] = ..., share: _Optional[bool] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "text", "token_ids", "num_accepted", "finish_reason", "usage")

@@ -1,0 +1,224 @@
+"""The step cost curve t(T): measured once per machine, model, mesh and dtype, kept on disk, corrected while running."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from runtime.config import Config
+from runtime.model.gguf import cache_root
+from runtime.model.spec import ModelSpec
+from runtime.step import Choose, Commit, Row, Seq, StepPlan
+
+if TYPE_CHECKING:
+    from runtime.executor import Executor
+
+GRID = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+"""Numbers of rows measured; in between, the curve is a straight line."""
+CONTEXT = 256
+"""Tokens in the cache while it is measured, where a slot has room for them."""
+BUDGET_S = 6.0
+"""A measurement that has taken this long leaves out the larger steps, whose cost is extrapolated."""
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Seconds per step at some numbers of rows, ascending."""
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+    measured_at: str = ""
+    """Local time, for people."""
+
+    def table(self, max_rows: int) -> NDArray[np.float64]:
+        """t(T) for T = 0 .. max_rows: interpolated, never falling, beyond the last point by the last slope."""
+        rows, seconds = np.array(self.rows, float), np.maximum.accumulate(np.array(self.seconds))
+        table = np.interp(np.arange(max_rows + 1), rows, seconds)
+        if max_rows > rows[-1] and len(rows) > 1:
+            slope = (seconds[-1] - seconds[-2]) / (rows[-1] - rows[-2])
+            beyond = np.arange(int(rows[-1]) + 1, max_rows + 1)
+            table[beyond] = seconds[-1] + slope * (beyond - rows[-1])
+        return table
+
+
+class RunningCost:
+    """The curve as the planner uses it, drawn towards what the running steps take."""
+
+    RATE = 0.05
+    """Weight of one step in the correction at its own number of rows."""
+    ELSEWHERE = 0.2
+    """How much of a correction holds for other numbers of rows, too: machines slow down as a whole."""
+    OUTLIER = 3.0
+    """Steps that take this many times what was expected, or less than its inverse, say little: a machine's hiccup."""
+
+    def __init__(self, curve: CostCurve, max_rows: int) -> None:
+        self.curve = curve
+        self._points = np.array(curve.rows, float)
+        self._log_seconds = np.log(np.maximum.accumulate(np.array(curve.seconds)))
+        self._max_rows = max_rows
+        self._since_refresh = 0
+        self.seconds = curve.table(max_rows)
+        """t(T) for T = 0 .. max_rows."""
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """A step of decoding took this long, planning and verification included."""
+        surprise = np.log(seconds / self.seconds[min(num_rows, self._max_rows)])
+        surprise = float(np.clip(surprise, -np.log(self.OUTLIER), np.log(self.OUTLIER)))
+        distance = np.abs(np.log(self._points / num_rows))
+        share = self.ELSEWHERE + (1 - self.ELSEWHERE) * np.exp(-((distance / 0.5) ** 2))
+        self._log_seconds += self.RATE * surprise * share
+        self._since_refresh += 1
+        if self._since_refresh >= 8:
+            self._since_refresh = 0
+            self.seconds = self.now().table(self._max_rows)
+
+    def now(self) -> CostCurve:
+        """The curve, corrected."""
+        return CostCurve(self.curve.rows, tuple(np.exp(self._log_seconds).tolist()), self.curve.measured_at)
+
+
+def assumed(max_rows: int) -> CostCurve:
+    """A curve for when none was measured: on it a row costs a hundredth of a step."""
+    return CostCurve((1, max_rows + 1), (1.0, 1.0 + max_rows / 100))
+
+
+def measure(executor: Executor, config: Config, spec: ModelSpec, top_k: int) -> CostCurve:
+    """Time steps of the whole mesh, in a few seconds. No sequence may be running: slot 0 is written over."""
+    from runtime.lookahead.partition import partition
+
+    generator = random.Random(0)
+    capacity = config.cache.slot_capacity(spec.max_positions)
+    max_rows = config.scheduler.max_rows
+
+    def plan(parents: list[int], first: int, choose: Choose) -> StepPlan:
+        rows = np.zeros((len(parents), len(Row)), np.int32)
+        positions: list[int] = []
+        for parent in parents:
+            positions.append(positions[parent] + 1 if parent >= 0 else first)
+        rows[:, Row.TOKEN] = [generator.randrange(spec.vocab_size) for _ in parents]
+        rows[:, Row.POSITION], rows[:, Row.PARENT], rows[:, Row.CHOOSE] = positions, parents, choose
+        rows[:, Row.OWNER], rows[:, Row.REPLICAS] = partition(parents, config.parallel.lp)
+        sequence = np.zeros((1, len(Seq)), np.int32)
+        sequence[0, Seq.ROPE_LENGTH], sequence[0, Seq.TOP_P] = first + 1, np.float32(1).view(np.int32)
+        return StepPlan(rows, sequence, top_k=top_k if choose != Choose.NOTHING else 0)
+
+    context = min(CONTEXT, capacity // 2, max_rows, config.cache.size or CONTEXT)
+    prompt = plan(list(range(-1, context - 1)), 0, Choose.NOTHING)
+    prompt.resets = np.zeros(1, np.int32)
+    executor.execute(prompt)
+    commit = np.full((context, len(Commit)), -1, np.int32)
+    commit[:, Commit.ROW] = np.arange(context)
+    source = int(prompt.rows[-1, Row.OWNER])
+    everywhere = (prompt.rows[:, Row.REPLICAS] == (1 << config.parallel.lp) - 1).all()
+    commit[:, Commit.SOURCE] = -1 if everywhere else source
+    first = plan([-1], context, Choose.SAMPLE)
+    first.commits = commit
+    executor.execute(first)
+
+    started = time.perf_counter()
+    rows: list[int] = []
+    seconds: list[float] = []
+    for count in (count for count in GRID if count <= max_rows):
+        if time.perf_counter() - started > BUDGET_S and len(rows) >= 2:
+            break
+        tree = [-1, *((row - 1) // 2 for row in range(1, count))]
+        times: list[float] = []
+        for repeat in range(8):
+            step = plan(tree, context, Choose.SAMPLE)
+            began = time.perf_counter()
+            executor.execute(step)
+            if repeat:  # the first of a shape makes kernels
+                times.append(time.perf_counter() - began)
+            if len(times) >= 3 and sum(times) > BUDGET_S / 20:
+                break
+        rows.append(count)
+        seconds.append(median(times))
+    return CostCurve(tuple(rows), tuple(seconds), time.strftime("%Y-%m-%d %H:%M:%S"))
+
+
+def stored(config: Config, spec: ModelSpec) -> CostCurve | None:
+    """The curve kept for this machine, model, mesh and dtype, if there is one."""
+    try:
+        record = json.loads(_place(config, spec).read_text())
+        return CostCurve(tuple(record["rows"]), tuple(record["seconds"]), record["measured_at"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def store(config: Config, spec: ModelSpec, curve: CostCurve) -> Path:
+    """Keep the curve; returns where."""
+    place = _place(config, spec)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    scratch = place.with_suffix(f".{os.getpid()}.tmp")
+    scratch.write_text(json.dumps(asdict(curve)))
+    scratch.replace(place)
+    return place
+
+
+def measured(
+    executor: Executor, config: Config, spec: ModelSpec, top_k: int, say: Callable[[str], object]
+) -> CostCurve:
+    """The stored curve, or else one measured now and kept."""
+    curve = stored(config, spec)
+    if curve is None:
+        say("measuring the cost of a step by its rows (once; a few seconds) ...")
+        curve = measure(executor, config, spec, top_k)
+        store(config, spec, curve)
+    return curve
+
+
+def say(text: str) -> None:
+    """Tell what takes time, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _place(config: Config, spec: ModelSpec) -> Path:
+    key = (
+        FORMAT,
+        platform.node() if config.model.device == "cuda" else "",
+        _machine(),
+        config.model.path,
+        asdict(spec).__repr__(),
+        config.model.dtype,
+        config.model.kernels,
+        config.model.device,
+        (config.parallel.lp, config.parallel.tp, config.parallel.threads),
+        config.scheduler.max_rows,
+        config.cache.model_dump(),
+    )
+    name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    return cost_folder() / f"{name}.json"
+
+
+def cost_folder() -> Path:
+    """Where curves are kept."""
+    return cache_root() / "cost"
+
+
+def _machine() -> tuple[str, ...]:
+    """What a step's cost depends on here."""
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line for line in lines if line.startswith("model name")), processor)
+        flags = next((line for line in lines if line.startswith("flags")), "")
+        processor += hashlib.sha256(flags.encode()).hexdigest()[:8]
+    except OSError:
+        pass
+    devices = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return (processor, str(os.cpu_count()), str(torch.get_num_threads()), torch.__version__, *devices)

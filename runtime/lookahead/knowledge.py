@@ -1,0 +1,22 @@
+"""What lookahead learns about a model while it runs: kept by one sequence, or shared by all of an engine's."""
+
+from __future__ import annotations
+
+from runtime.lookahead.acceptance import Acceptance
+from runtime.lookahead.planner import WindowChooser
+from runtime.lookahead.recycling import RecycleTable
+from runtime.lookahead.sources import priors
+
+
+class Knowledge:
+    """The model's own likeliest continuations of short contexts, how far each kind of guess can be trusted, and how
+    large a window pays.
+
+    Bounded in memory (RecycleTable). Where it is shared, one client's text influences how many steps another's takes,
+    never its tokens: a guess is accepted only where the model would have chosen that very token.
+    """
+
+    def __init__(self) -> None:
+        self.table = RecycleTable()
+        self.acceptance = Acceptance(priors())
+        self.windows = WindowChooser()

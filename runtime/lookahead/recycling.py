@@ -1,0 +1,46 @@
+"""Tables of what the model gave after a token the last time (Token Recycling, Luo et al., 2024, arXiv 2408.08696).
+
+The paper's table is keyed by one token. Here there is one for the last token, one for the last two and one for the
+last three: a longer context says more, a shorter one is known more often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MAX_ORDER = 3
+"""Most tokens of context that a table is keyed by."""
+
+MAX_CONTEXTS = 1 << 16
+"""Contexts kept per table, about 25 MB of Python objects each; the one not updated for longest goes first."""
+
+
+class RecycleTable:
+    """Likeliest next tokens (packed as runtime.step says) by the last one, two and three tokens."""
+
+    def __init__(self, max_contexts: int = MAX_CONTEXTS) -> None:
+        self.max_contexts = max_contexts
+        self._tables: tuple[dict[tuple[int, ...], list[int]], ...] = tuple({} for _ in range(MAX_ORDER))
+
+    def update(self, tail: tuple[int, ...], top: list[int]) -> None:
+        """The model's likeliest tokens after a text that ends in `tail` (MAX_ORDER tokens, or fewer at its start)."""
+        for order, table in enumerate(self._tables[: len(tail)], 1):
+            context = tail[-order:]
+            table.pop(context, None)  # to the young end
+            table[context] = top
+            if len(table) > self.max_contexts:
+                del table[next(iter(table))]
+
+    def lookup(self, tail: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """(order, likeliest tokens) of the two longest contexts known, longest first."""
+        found = []
+        for order in range(min(MAX_ORDER, len(tail)), 0, -1):
+            top = self._tables[order - 1].get(tuple(tail[-order:]))
+            if top is not None:
+                found.append((order, top))
+                if len(found) == 2:
+                    break
+        return found
+
+    def __len__(self) -> int:
+        return sum(len(table) for table in self._tables)
