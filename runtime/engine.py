@@ -246,11 +246,11 @@ class Engine:
 
     def _verify(self, step: Step, result: StepResult, now_s: float) -> list[StepOutput]:
         outputs = []
-        chosen, top = result.tokens.tolist(), result.top.tolist()
+        chosen = result.tokens.tolist()
         for part in step.parts:
             sequence = part.sequence
             rows = slice(part.start, part.start + len(part.rows))
-            emitted, reason = sequence.accept(chosen[rows], top[rows] if sequence.wants_top else (), now_s)
+            emitted, reason = sequence.accept(chosen[rows], result.top[rows], now_s)
             self._scheduler.commit(step, part)
             if reason is not None:
                 self._scheduler.release(sequence.slot)

@@ -35,20 +35,26 @@ def prior(probability: float) -> float:
 
 
 class Column(NamedTuple):
-    """What one source says of the next token at one node: tokens with the feature that describes each proposal."""
+    """What one source says of the next token at one node."""
 
     absent: int
     """The feature of all tokens that are not proposed here."""
+    first: int
+    """The feature that offsets below count from."""
     proposals: Sequence[tuple[int, int]]
-    """(token, feature)"""
+    """(token, offset of the feature that describes this proposal), each token once."""
 
 
-class Candidate(NamedTuple):
-    """A token that may come next, and why."""
+class Guesses(NamedTuple):
+    """What may follow a node."""
 
-    probability: float
-    token: int
-    features: tuple[int, ...]
+    columns: Sequence[Column]
+    ranked: list[tuple[float, int]]
+    """(minus the logit of the acceptance probability, token), likeliest first; ties go to the lower id."""
+
+
+def probability(minus_logit: float) -> float:
+    return 1 / (1 + math.exp(minus_logit))
 
 
 class Acceptance:
@@ -65,54 +71,47 @@ class Acceptance:
 
 
 class Judge:
-    """Turns the sources' columns into candidates for one sequence, and learns from what the model chose."""
+    """Turns the sources' columns into guesses for one sequence, and learns from what the model chose."""
 
     def __init__(self, acceptance: Acceptance) -> None:
         self.acceptance = acceptance
         self.bias = 0.0
         """What this text adds to every logit: how much harder or easier to guess it is than others."""
 
-    def candidates(self, columns: Sequence[Column]) -> list[Candidate]:
-        """All tokens proposed, likeliest first; ties go to the lower id."""
+    def judge(self, columns: Sequence[Column]) -> Guesses:
+        """All tokens proposed, with how likely each is."""
         weights = self.acceptance.weights
-        absent = [column.absent for column in columns]
-        base = BIAS + self.bias + sum([weights[feature] for feature in absent])
-        found: dict[int, list[int]] = {}
-        for index, column in enumerate(columns):
-            for token, feature in column.proposals:
-                features = found.get(token)
-                if features is None:
-                    features = found[token] = absent.copy()
-                features[index] = feature
-        rest = [weights[feature] for feature in absent]
-        candidates = []
-        for token, features in found.items():
-            total = base
-            for feature, missing in zip(features, rest, strict=True):
-                total += weights[feature] - missing
-            candidates.append(Candidate(1 / (1 + math.exp(-total)), token, tuple(features)))
-        candidates.sort(key=_order)
-        return candidates
+        base = BIAS + self.bias
+        for absent, _, _ in columns:
+            base += weights[absent]
+        logits: dict[int, float] = {}
+        for absent, first, proposals in columns:
+            missing = weights[absent]
+            for token, offset in proposals:
+                logits[token] = logits.get(token, base) + weights[first + offset] - missing
+        ranked = [(-logit, token) for token, logit in logits.items()]
+        ranked.sort()
+        return Guesses(columns, ranked)
 
-    def without(self, candidate: Candidate, features: range) -> float:
-        """The candidate's probability if the source with these features, the first of them `absent`, had not proposed
-        it."""
+    def without(self, guesses: Guesses, token: int, features: range) -> float:
+        """The token's probability if the source with these features had not proposed it."""
         weights = self.acceptance.weights
-        total = logit(min(max(candidate.probability, 1e-9), 1 - 1e-9))
-        own = [feature for feature in candidate.features if feature in features]
-        total -= sum(weights[feature] - weights[features.start] for feature in own)
-        return 1 / (1 + math.exp(-total))
+        minus_logit = next(minus_logit for minus_logit, other in guesses.ranked if other == token)
+        for column in guesses.columns:
+            if column.absent in features:
+                offset = dict(column.proposals).get(token)
+                if offset is not None:
+                    minus_logit += weights[column.first + offset] - weights[column.absent]
+        return probability(minus_logit)
 
-    def learn(self, candidates: Sequence[Candidate], chosen: int) -> None:
-        """The model chose `chosen` where these were the candidates."""
+    def learn(self, guesses: Guesses, chosen: int) -> None:
+        """The model chose `chosen` where these were the guesses."""
         error = 0.0
-        for candidate in candidates:
-            gradient = candidate.probability - (candidate.token == chosen)
+        columns = [(column.absent, column.first, dict(column.proposals)) for column in guesses.columns]
+        for minus_logit, token in guesses.ranked:
+            gradient = probability(minus_logit) - (token == chosen)
             error += gradient
-            for feature in candidate.features:
-                self.acceptance.learn(feature, gradient)
+            for absent, first, offsets in columns:
+                offset = offsets.get(token)
+                self.acceptance.learn(absent if offset is None else first + offset, gradient)
         self.bias -= TEXT_RATE * error
-
-
-def _order(candidate: Candidate) -> tuple[float, int]:
-    return -candidate.probability, candidate.token

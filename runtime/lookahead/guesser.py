@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from runtime.config import LookaheadConfig
-from runtime.lookahead.acceptance import Candidate, Judge
+from runtime.lookahead.acceptance import Column, Guesses, Judge
 from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.recycling import MAX_ORDER
 from runtime.lookahead.rows import TAIL, SequenceRows
@@ -39,13 +42,15 @@ class Guesser:
         """A tree below the current token, the last one of `text`, with no candidates yet."""
         return CandidateTree(rows, tuple(text[-TAIL:]), max_depth, self.expand)
 
-    def expand(self, tail: tuple[int, ...], depth: int) -> list[Candidate]:
-        """Candidates behind a node, likeliest first."""
-        columns = [column for source in self.sources for column in source.propose(tail, depth)]
-        return self.judge.candidates(columns)
+    def expand(self, tail: tuple[int, ...], depth: int) -> Guesses:
+        """What may follow a node."""
+        columns: list[Column] = []
+        for source in self.sources:
+            columns += source.propose(tail, depth)
+        return self.judge.judge(columns)
 
     def learn(
-        self, tree: CandidateTree, chosen: Sequence[int], top: Sequence[list[int]], before: tuple[int, ...]
+        self, tree: CandidateTree, chosen: Sequence[int], top: NDArray[np.int32], before: tuple[int, ...]
     ) -> None:
         """Take in a step's results: the token each row chose, and the likeliest ones, packed.
 
@@ -57,7 +62,7 @@ class Guesser:
             credit = sum(self._only_by_window(tree, node, chosen[node.row]) for node in decided)
             self.knowledge.windows.observe(credit, tree.margin)
         for node in decided:
-            self.judge.learn(node.candidates, chosen[node.row])
+            self.judge.learn(node.guesses, chosen[node.row])
         self.learn_rows(rows, chosen, top, before)
         for source in self.sources:
             source.learn(rows, chosen)
@@ -67,15 +72,15 @@ class Guesser:
         assert self._jacobi is not None
         if not tree.holds(node.row, token):
             return False
-        candidate = next(candidate for candidate in node.candidates if candidate.token == token)
-        return node.probability * self.judge.without(candidate, self._jacobi.features) < tree.margin
+        return node.probability * self.judge.without(node.guesses, token, self._jacobi.features) < tree.margin
 
     def learn_rows(
-        self, rows: SequenceRows, chosen: Sequence[int], top: Sequence[list[int]], before: tuple[int, ...]
+        self, rows: SequenceRows, chosen: Sequence[int], top: NDArray[np.int32], before: tuple[int, ...]
     ) -> None:
         """Remember what the model gave behind each row."""
-        if self.wants_top and len(top):
-            for tail, token, likeliest in zip(rows.tails(before, MAX_ORDER), chosen, top, strict=True):
+        if self.wants_top:
+            unpacked = RecycleSource.unpacked(top)
+            for tail, token, likeliest in zip(rows.tails(before, MAX_ORDER), chosen, unpacked, strict=True):
                 if token >= 0:
                     self.knowledge.table.update(tail, likeliest)
 

@@ -15,14 +15,18 @@ MAX_CONTEXTS = 1 << 16
 """Contexts kept per table, about 25 MB of Python objects each; the one not updated for longest goes first."""
 
 
+Likeliest = Sequence[tuple[int, int]]
+"""(token, class of its probability), likeliest first."""
+
+
 class RecycleTable:
-    """Likeliest next tokens (packed as runtime.step says) by the last one, two and three tokens."""
+    """The model's likeliest next tokens by the last one, two and three tokens."""
 
     def __init__(self, max_contexts: int = MAX_CONTEXTS) -> None:
         self.max_contexts = max_contexts
-        self._tables: tuple[dict[tuple[int, ...], list[int]], ...] = tuple({} for _ in range(MAX_ORDER))
+        self._tables: tuple[dict[tuple[int, ...], Likeliest], ...] = tuple({} for _ in range(MAX_ORDER))
 
-    def update(self, tail: tuple[int, ...], top: list[int]) -> None:
+    def update(self, tail: tuple[int, ...], top: Likeliest) -> None:
         """The model's likeliest tokens after a text that ends in `tail` (MAX_ORDER tokens, or fewer at its start)."""
         for order, table in enumerate(self._tables[: len(tail)], 1):
             context = tail[-order:]
@@ -31,7 +35,7 @@ class RecycleTable:
             if len(table) > self.max_contexts:
                 del table[next(iter(table))]
 
-    def lookup(self, tail: Sequence[int]) -> list[tuple[int, list[int]]]:
+    def lookup(self, tail: Sequence[int]) -> list[tuple[int, Likeliest]]:
         """(order, likeliest tokens) of the two longest contexts known, longest first."""
         found = []
         for order in range(min(MAX_ORDER, len(tail)), 0, -1):

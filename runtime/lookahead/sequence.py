@@ -6,6 +6,9 @@ from collections.abc import Collection
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from runtime.lookahead.guesser import Guesser
 from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.rows import TAIL, SequenceRows
@@ -16,7 +19,6 @@ from runtime.step import Choose
 
 HISTORY = 1 << 14
 """Tokens of the text that candidate sources are sure to know; an endless text is forgotten beyond twice as many."""
-
 
 
 @dataclass
@@ -118,9 +120,9 @@ class Sequence:
         return self._step
 
     def accept(
-        self, chosen: Tokens[int], top: Tokens[list[int]], now_s: float
+        self, chosen: Tokens[int], top: NDArray[np.int32], now_s: float
     ) -> tuple[list[int], FinishReason | None]:
-        """Take in the token each row chose (-1: none), and the likeliest ones where they were wanted.
+        """Take in the token each row chose (-1: none), and the likeliest ones, packed, where they were wanted.
 
         Returns the tokens emitted, in order: they are what one-at-a-time decoding emits next, up to where it
         ends; and why it ends there, if it does.

@@ -8,6 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from runtime.config import LookaheadConfig
 from runtime.lookahead.acceptance import Column, prior
 from runtime.lookahead.pool import NgramPool
@@ -75,9 +78,8 @@ class JacobiSource(Source):
                         followers.append(token)
         followers = self._next.get(tail[len(tail) - depth :] if depth else (), []) if depth < TAIL else []
         first = self.first_feature + 1 + min(depth, self.DEPTHS - 1) * self.AGES
-        yield Column(
-            self.first_feature, [(token, first + min(age, self.AGES - 1)) for age, token in enumerate(followers)]
-        )
+        oldest = self.AGES - 1
+        yield Column(self.first_feature, first, [(token, min(age, oldest)) for age, token in enumerate(followers)])
 
     def resize(self, window_size: int, ngram_size: int) -> None:
         """Go on with a window of this size, a new one if it has another now; 0 columns are none."""
@@ -128,14 +130,14 @@ class SuffixSource(Source):
             if followers is None:
                 continue
             total = sum(followers.values())
-            first = self.first_feature + 1 + (length - 1) * 6
+            first = (length - 1) * 6
             for token, count in reversed(followers.items()):  # newest first
                 if token not in proposals:
                     share = 2 if count == total else int(2 * count >= total)
                     proposals[token] = first + 2 * share + (count > 1)
             if len(proposals) >= self.MAX_PROPOSALS:
                 break
-        yield Column(self.first_feature, list(proposals.items())[: self.MAX_PROPOSALS])
+        yield Column(self.first_feature, self.first_feature + 1, list(proposals.items())[: self.MAX_PROPOSALS])
 
     def observe(self, text: Sequence[int], num_new: int, is_prompt: bool) -> None:
         for end in range(max(len(text) - num_new, 1), len(text)):
@@ -151,16 +153,15 @@ class SuffixSource(Source):
 class RecycleSource(Source):
     """The likeliest tokens that the model gave the last time it stood behind the same tokens, in whatever row."""
 
-    BUCKETS = 16
-    PER_BUCKET = 8
-    """Sixteenths of a nat of log-probability."""
+    CLASSES = 16
+    """Of log-probability, each half a nat wide."""
     PRIORS = (
         0.0,  # nothing is known here
         *(
-            weight * prior(trust * math.exp(-(bucket + 0.5) * 0.5)) if bucket < 16 else 0.0
+            weight * prior(trust * math.exp(-(kind + 0.5) * 0.5)) if kind < 16 else 0.0
             for weight in (1.0, 0.3)  # of the longest context known, and of the next
             for trust in (0.5, 0.75, 0.85)  # that the probability given behind 1, 2, 3 tokens holds here, too
-            for bucket in range(17)  # the last: not among the likeliest
+            for kind in range(17)  # the last: not among the likeliest
         ),
     )
     """By context (the longest known, or the next), by its length, and by the log-probability it gave."""
@@ -170,20 +171,19 @@ class RecycleSource(Source):
         self.table = table
 
     def propose(self, tail: tuple[int, ...], depth: int) -> Iterable[Column]:
-        found = self.table.lookup(tail)
-        per_order = self.BUCKETS + 1
-        for place in range(2):
-            if place < len(found):
-                order, top = found[place]
-                first = self.first_feature + 1 + (place * MAX_ORDER + order - 1) * per_order
-                mask = (1 << TOP_BITS) - 1
-                proposals = [
-                    (packed >> TOP_BITS, first + min((packed & mask) // self.PER_BUCKET, self.BUCKETS - 1))
-                    for packed in top
-                ]
-                yield Column(first + self.BUCKETS, proposals)
-            else:
-                yield Column(self.first_feature, ())
+        place = 0
+        for place, (order, likeliest) in enumerate(self.table.lookup(tail), 1):
+            first = self.first_feature + 1 + ((place - 1) * MAX_ORDER + order - 1) * (self.CLASSES + 1)
+            yield Column(first + self.CLASSES, first, likeliest)
+        for _ in range(place, 2):
+            yield Column(self.first_feature, self.first_feature, ())
+
+    @classmethod
+    def unpacked(cls, top: NDArray[np.int32]) -> list[list[tuple[int, int]]]:
+        """Rows of packed likeliest tokens [T, k] (runtime.step) as the table has them: (token, class)."""
+        kinds = np.minimum((top & (1 << TOP_BITS) - 1) >> 3, cls.CLASSES - 1)
+        rows = zip((top >> TOP_BITS).tolist(), kinds.tolist(), strict=True)
+        return [list(zip(tokens, row_kinds, strict=True)) for tokens, row_kinds in rows]
 
 
 SOURCES: dict[str, type[Source]] = {"jacobi": JacobiSource, "suffix": SuffixSource, "recycle": RecycleSource}

@@ -6,12 +6,12 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from runtime.lookahead.acceptance import Candidate
+from runtime.lookahead.acceptance import Guesses, probability
 from runtime.lookahead.rows import TAIL, SequenceRows
 from runtime.step import Choose
 
-Expand = Callable[[tuple[int, ...], int], list[Candidate]]
-"""(the tokens before a node and its own, how many of the last of them are guesses) -> what may follow, best first."""
+Expand = Callable[[tuple[int, ...], int], Guesses]
+"""(the tokens before a node and its own, how many of the last of them are guesses) -> what may follow."""
 
 
 @dataclass(slots=True)
@@ -23,7 +23,7 @@ class Node:
     depth: int
     probability: float
     """Of being accepted: the product along the path."""
-    candidates: list[Candidate]
+    guesses: Guesses
 
 
 class CandidateTree:
@@ -60,11 +60,11 @@ class CandidateTree:
         """Add the likeliest candidate that is not in the tree yet."""
         negative, _, row, index = heapq.heappop(self._frontier)
         parent = self.nodes[row]
-        candidate = parent.candidates[index]
-        child = self.rows.add(candidate.token, row, Choose.SAMPLE)
-        self._children[row, candidate.token] = child
+        token = parent.guesses.ranked[index][1]
+        child = self.rows.add(token, row, Choose.SAMPLE)
+        self._children[row, token] = child
         self._offer(parent, index + 1)
-        tail = (*parent.tail, candidate.token)[-TAIL:]
+        tail = (*parent.tail, token)[-TAIL:]
         depth = parent.depth + 1
         self._add_node(Node(child, tail, depth, -negative, self._expand(tail, depth)))
 
@@ -85,10 +85,11 @@ class CandidateTree:
             self._offer(node, 0)
 
     def _offer(self, node: Node, index: int) -> None:
-        """Let a node's candidate with this index compete; the ones after it are less likely."""
-        if index < len(node.candidates):
-            probability = node.probability * node.candidates[index].probability
-            heapq.heappush(self._frontier, (-probability, len(self.rows), node.row, index))
+        """Let a node's guess with this index compete; the ones after it are less likely."""
+        ranked = node.guesses.ranked
+        if index < len(ranked):
+            path = node.probability * probability(ranked[index][0])
+            heapq.heappush(self._frontier, (-path, len(self.rows), node.row, index))
 
     def decided(self, chosen: Sequence[int]) -> list[Node]:
         """The nodes whose next token has become known: the current token's, and the accepted ones'."""

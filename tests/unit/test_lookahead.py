@@ -9,7 +9,7 @@ import pytest
 
 from runtime.config import LookaheadConfig, SamplingParams
 from runtime.lookahead import planner
-from runtime.lookahead.acceptance import Acceptance, Candidate, Column, Judge
+from runtime.lookahead.acceptance import BIAS, Acceptance, Column, Guesses, Judge, logit, probability
 from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.partition import partition
 from runtime.lookahead.planner import PATIENCE, Bed, WindowChooser
@@ -17,7 +17,7 @@ from runtime.lookahead.pool import NgramPool
 from runtime.lookahead.recycling import RecycleTable
 from runtime.lookahead.rows import TAIL, SequenceRows
 from runtime.lookahead.sequence import Sequence
-from runtime.lookahead.sources import Source, SuffixSource, first_features, priors
+from runtime.lookahead.sources import SOURCES, Source, SuffixSource, first_features, priors
 from runtime.lookahead.tree import CandidateTree
 from runtime.lookahead.window import Window
 from runtime.request import Request
@@ -77,7 +77,7 @@ def decode(
             for i, p in enumerate(rows.parents)
         )
         top = [likeliest([0, 0, *cached, *ancestors(rows, row)]) for row in range(len(rows))]
-        output += sequence.accept(choose_all(rows, cached), top, 0.0)[0]
+        output += sequence.accept(choose_all(rows, cached), np.array(top, np.int32), 0.0)[0]
     return output[:count], sequence.usage.num_steps
 
 
@@ -173,59 +173,79 @@ def test_suffix_prefers_long_then_recent_matches():
     assert tokens_of(source, text) == []
 
 
+def judged(judge: Judge, *columns: Column) -> dict[int, float]:
+    """Tokens with their probabilities, likeliest first."""
+    return {token: probability(minus_logit) for minus_logit, token in judge.judge(columns).ranked}
+
+
 def test_a_longer_match_is_trusted_more_and_a_source_that_agrees_adds_to_it():
     judge = Judge(Acceptance(priors()))
-    short, long = SuffixSource.PRIORS.index(max(SuffixSource.PRIORS)), 1
     first = first_features()["suffix"]
-    weak, strong = (judge.candidates([Column(first, [(5, first + f)])])[0].probability for f in (long, short))
+    best = SuffixSource.PRIORS.index(max(SuffixSource.PRIORS))
+    weak, strong = (judged(judge, Column(first, first, [(5, offset)]))[5] for offset in (1, best))
     assert 0 < weak < strong < 1
     recycle = first_features()["recycle"]
-    both = judge.candidates([Column(first, [(5, first + long)]), Column(recycle, [(5, recycle + 1)])])
-    assert len(both) == 1 and both[0].probability > weak
+    both = judged(judge, Column(first, first, [(5, 1)]), Column(recycle, recycle + 1, [(5, 0), (6, 3)]))
+    assert list(both) == [5, 6] and both[5] > weak
+
+
+def test_equally_likely_tokens_come_in_the_order_of_their_ids():
+    judge = Judge(Acceptance(priors()))
+    assert list(judged(judge, Column(0, 1, [(9, 0), (4, 0), (7, 0)]))) == [4, 7, 9]
+
+
+def test_what_a_source_adds_can_be_taken_away():
+    judge = Judge(Acceptance(priors()))
+    starts = first_features()
+    jacobi, suffix = Column(starts["jacobi"], starts["jacobi"] + 1, [(5, 0)]), Column(starts["suffix"], 0, [])
+    both = judge.judge([jacobi, suffix])
+    features = range(starts["jacobi"], starts["jacobi"] + len(SOURCES["jacobi"].PRIORS))
+    assert judge.without(both, 5, features) == pytest.approx(probability(-BIAS))
+    assert judge.without(both, 5, range(9000, 9001)) == pytest.approx(judged(judge, jacobi, suffix)[5])
 
 
 def test_acceptance_is_learned_from_what_was_proposed_whether_it_fitted_or_not():
     judge = Judge(Acceptance(priors()))
     first = first_features()["suffix"]
-    column = Column(first, [(5, first + 1), (6, first + 2)])
-    before = {c.token: c.probability for c in judge.candidates([column])}
+    column = Column(first, first + 1, [(5, 0), (6, 1)])
+    before = judged(judge, column)
     for _ in range(200):
-        judge.learn(judge.candidates([column]), 5)
-    after = {c.token: c.probability for c in judge.candidates([column])}
+        judge.learn(judge.judge([column]), 5)
+    after = judged(judge, column)
     assert after[5] > 0.8 > before[5] and after[6] < 0.1
     for turn in range(400):  # now it is right half of the time
-        judge.learn(judge.candidates([column]), 5 if turn % 2 else 9)
-    assert 0.3 < judge.candidates([column])[0].probability < 0.7
+        judge.learn(judge.judge([column]), 5 if turn % 2 else 9)
+    assert 0.3 < judged(judge, column)[5] < 0.7
 
 
 def test_a_text_that_is_hard_to_guess_lowers_its_own_probabilities_only():
     shared = Acceptance([0.0] + [2.0] * 400)
     hard, other = Judge(shared), Judge(shared)
     shared._evidence = [1e9] * len(shared.weights)  # nothing more is learned in common
+    column = Column(0, 1, [(5, 0)])
     for _ in range(100):
-        hard.learn(hard.candidates([Column(0, [(5, 1)])]), 9)
-    assert hard.candidates([Column(0, [(5, 1)])])[0].probability < 0.1
-    assert other.candidates([Column(0, [(5, 1)])])[0].probability > 0.1
+        hard.learn(hard.judge([column]), 9)
+    assert judged(hard, column)[5] < 0.1 < judged(other, column)[5]
 
 
 def test_recycle_knows_the_longest_contexts_and_forgets_the_oldest():
     table = RecycleTable(max_contexts=3)
-    table.update((1, 2, 3), [10])
-    table.update((9, 2, 3), [11])
-    assert table.lookup((1, 2, 3)) == [(3, [10]), (2, [11])]
-    assert table.lookup((7, 7, 3)) == [(1, [11])]
-    assert table.lookup((3,)) == [(1, [11])] and table.lookup((4, 5, 6)) == []
+    table.update((1, 2, 3), [(10, 0)])
+    table.update((9, 2, 3), [(11, 0)])
+    assert table.lookup((1, 2, 3)) == [(3, [(10, 0)]), (2, [(11, 0)])]
+    assert table.lookup((7, 7, 3)) == [(1, [(11, 0)])]
+    assert table.lookup((3,)) == [(1, [(11, 0)])] and table.lookup((4, 5, 6)) == []
     for token in range(4, 8):
-        table.update((token,), [token])
+        table.update((token,), [(token, 0)])
     assert table.lookup((3,)) == [] and len(table) <= 9
 
 
 def plant(proposals: dict[tuple[int, ...], list[tuple[float, int]]], max_depth: int = 99) -> CandidateTree:
     """A tree below token 5 whose candidates behind each path of guesses are given as (probability, token)."""
 
-    def expand(tail: tuple[int, ...], depth: int) -> list[Candidate]:
+    def expand(tail: tuple[int, ...], depth: int) -> Guesses:
         path = tail[len(tail) - depth :] if depth else ()
-        return [Candidate(probability, token, ()) for probability, token in proposals.get(path, [])]
+        return Guesses((), [(-logit(likely), token) for likely, token in proposals.get(path, [])])
 
     rows = SequenceRows(first_position=0)
     rows.add_chain([5], reaches_end=True)
@@ -265,7 +285,7 @@ def test_planner_takes_what_pays_by_the_cost_of_rows():
     assert tree.num_candidates == 6
     dear = 0.45 + 0.55 * np.arange(200)  # a row costs half of what the first did
     tree = plant(FOREST)
-    assert planner.grow([Bed(tree, 99)], 1, dear) == 1.6 and tree.num_candidates == 1
+    assert planner.grow([Bed(tree, 99)], 1, dear) == pytest.approx(1.6) and tree.num_candidates == 1
     tree = plant({(): [(0.5, 1)]})
     planner.grow([Bed(tree, 99)], 1, dear)
     assert tree.num_candidates == 0 and tree.margin == 1  # plain decoding

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from runtime.mesh import Mesh
-from runtime.sampler import _least_kept, choose_tokens, gumbel
-from runtime.step import Choose, Row, Seq
+from runtime.sampler import _least_kept, choose_tokens, gumbel, top_tokens
+from runtime.step import TOP_BITS, Choose, Row, Seq
 
 
 def table(seed=0, temperature=1.0, top_k=0, top_p=1.0) -> np.ndarray:
@@ -93,3 +93,23 @@ def test_noise_can_be_computed_in_parts():
     big = gumbel(np.arange(50), np.arange(50), (0, 20_000), torch.device("cpu"))
     assert abs(float(big.mean()) - 0.5772) < 0.005 and abs(float(big.var()) - np.pi**2 / 6) < 0.02
     assert float(torch.corrcoef(torch.stack([big[0], big[1]]))[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize("vocabulary", [40, 262, 1000, 4096])
+@pytest.mark.parametrize("k", [1, 8])
+def test_the_likeliest_tokens_are_those_of_a_full_sort(vocabulary, k):
+    generator = torch.Generator().manual_seed(vocabulary + k)
+    logits = torch.randn(6, vocabulary, generator=generator) * 4
+    packed = top_tokens(logits, k, Mesh(), (0, vocabulary))
+    best = logits.topk(k)
+    assert torch.equal(packed >> TOP_BITS, best.indices)
+    nats = (packed & (1 << TOP_BITS) - 1) / 16.0
+    exact = logits.logsumexp(1, keepdim=True) - best.values
+    # What the other tokens of a block hold is left out of the sum, so tokens seem likelier than they are, never less.
+    assert (nats <= exact + 0.04).all() and (nats >= exact - 1.5).all()
+
+
+def test_the_likeliest_of_fewer_tokens_than_asked_for_are_all_of_them():
+    packed = top_tokens(torch.tensor([[0.0, 3.0, 1.0]]), 5, Mesh(), (0, 3))
+    assert (packed >> TOP_BITS)[0, :3].tolist() == [1, 2, 0]
+    assert (packed & (1 << TOP_BITS) - 1)[0, 3:].tolist() == [255, 255]
