@@ -131,6 +131,27 @@ def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return float(np.mean(values)), float(error)
 
 
+NEAR_TIE = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.03}
+"""By dtype, the largest gap of two logits, told in float32, that counts as a near-tie. Those of the half types are two
+units in the last place of a logit between 16 and 32."""
+
+
+def read_bandwidth(num_bytes: int = 1 << 28, num_reads: int = 3, device: str = "cpu") -> Callable[[], float]:
+    """A function that reads a large array with this process's torch threads and gives the best of `num_reads` speeds,
+    in bytes per second. One array serves all its calls."""
+    array = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
+
+    def measure() -> float:
+        best = math.inf
+        for _ in range(num_reads):
+            started = time.perf_counter()
+            float(array.sum())
+            best = min(best, time.perf_counter() - started)
+        return num_bytes / best
+
+    return measure
+
+
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr; the function it gives sets how much is done."""
@@ -142,8 +163,16 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
 Line = tuple[Sequence[float], Sequence[float]]
 
 
-def plot_lines(path: Path, title: str, labels: tuple[str, str], lines: Mapping[str, Line], **settings: Any) -> None:
-    """Write named lines (xs, ys) to a PNG; `labels` are the axes', `settings` matplotlib's own for the axes."""
+def plot_lines(
+    path: Path,
+    title: str,
+    labels: tuple[str, str],
+    lines: Mapping[str, Line],
+    styles: Mapping[str, Mapping[str, Any]] | None = None,
+    **settings: Any,
+) -> None:
+    """Write named lines (xs, ys) to a PNG; `labels` are the axes', `styles` and `settings` matplotlib's own for some of
+    the lines and for the axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -151,11 +180,14 @@ def plot_lines(path: Path, title: str, labels: tuple[str, str], lines: Mapping[s
 
     figure, plot = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for name, (xs, ys) in lines.items():
-        plot.plot(xs, ys, marker=".", label=name)
+        plot.plot(xs, ys, **{"marker": ".", "label": name, **(styles or {}).get(name, {})})
     plot.set(xlabel=labels[0], ylabel=labels[1], title=title, **settings)
     plot.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     plot.spines[["top", "right"]].set_visible(False)
-    plot.legend(frameon=False)
+    if len(lines) > 6:
+        figure.legend(frameon=False, fontsize="small", loc="outside right center")
+    else:
+        plot.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
