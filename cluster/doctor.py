@@ -14,12 +14,23 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from statistics import median
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from runtime.model.decoder import Decoder
+    from runtime.model.graphs import GraphedDecoder
 
 Status = Literal["ok", "failed", "not available"]
 
 ALL_REDUCE_TIMEOUT_S = 120.0
 LOSSLESS_TOKENS = 32
+WIDE_ROWS = 64
+"""Rows of the step that is compared with a plain one."""
+GRAPHS_TOLERANCE = 1e-3
+"""Logits of graphs and of steps launched kernel by kernel, in float32: other kernels, so other last bits."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,12 @@ def _all(quick: bool) -> Iterator[Finding]:
             ("ray local", _ray_local, "See the logs in /tmp/ray/session_latest/logs."),
             ("lossless (cpu)", lambda: _lossless("cpu"), "Report this: the tokens must not differ."),
             ("lossless (cuda)", lambda: _lossless("cuda"), "Report this: the tokens must not differ."),
+            (
+                "cuda graphs",
+                lambda: compare_graphs(_on_cuda("float32")),
+                "Set model.cuda_graphs to false; report this.",
+            ),
+            ("step times (cuda)", lambda: time_graphs(_on_cuda("bfloat16")), "Set model.cuda_graphs to false."),
         ]
     for name, check, remedy in checks:
         yield _finding(name, check, remedy)
@@ -144,16 +161,17 @@ def _embedded_model() -> str:
 
 
 def _all_reduce(backend: str) -> str:
-    """Two processes of this machine add up a tensor."""
+    """Processes of this machine add up a tensor: one per GPU, or two."""
     import torch
 
-    if backend == "nccl" and torch.cuda.device_count() < 2:
-        raise NotAvailable(f"{torch.cuda.device_count()} GPUs; two are needed")
+    count = 2 if backend == "gloo" else torch.cuda.device_count()
+    if count < 2:
+        raise NotAvailable(f"{count} GPUs; two are needed")
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "cluster.doctor", backend, str(Path(folder, "store"))]
+        command = [sys.executable, "-m", "cluster.doctor", backend, str(Path(folder, "store")), str(count)]
         started = [
             subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for rank in (0, 1)
+            for rank in range(count)
         ]
         deadline = time.monotonic() + ALL_REDUCE_TIMEOUT_S
         try:
@@ -167,24 +185,36 @@ def _all_reduce(backend: str) -> str:
     for process, (_, errors) in zip(started, outputs, strict=True):
         if process.returncode:
             raise RuntimeError(errors.strip().rpartition("\n")[2] or f"exit code {process.returncode}")
-    return f"two processes agree, {float(outputs[0][0]):.2f} ms for 64 x 576 floats"
+    how = "" if backend == "gloo" else ", in a CUDA graph"
+    return f"{count} processes agree, {float(outputs[0][0]):.2f} ms for 64 x 576 floats{how}"
 
 
-def _all_reduce_rank(backend: str, store: str, rank: int) -> None:
-    """One of the two processes: prints the milliseconds of an all-reduce."""
+def _all_reduce_rank(backend: str, store: str, count: int, rank: int) -> None:
+    """One of the processes: prints the milliseconds of an all-reduce, which on GPUs is replayed as graphs do it."""
     import torch
     import torch.distributed as dist
 
+    from runtime.model.graphs import Graph, Recorder
+
     torch.set_num_threads(1)
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=2)
-    rounds = 20
-    for round_ in range(1 + rounds):
-        if round_ == 1:  # the first one sets connections up
-            started = time.perf_counter()
-        tensor = torch.full((64, 576), float(rank + 1), device=device)
+    device = torch.device("cpu")
+    if backend == "nccl":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=count)
+    tensor = torch.empty(64, 576, device=device)
+
+    def add_up() -> torch.Tensor:
+        tensor.fill_(rank + 1)
         dist.all_reduce(tensor)
-        if not bool((tensor == 3).all()):
+        return tensor
+
+    run = Graph(add_up, Recorder(device)) if backend == "nccl" else add_up
+    rounds, first = 20, 2  # the first ones set connections up and record
+    for round_ in range(first + rounds):
+        if round_ == first:
+            started = time.perf_counter()
+        if not bool((run() == count * (count + 1) // 2).all()):
             raise RuntimeError("the sum is wrong")
     print((time.perf_counter() - started) * 1000 / rounds)
     dist.destroy_process_group()
@@ -232,6 +262,103 @@ def _ray_local() -> str:
         workers.close()
 
 
+def _on_cuda(dtype: str) -> Decoder:
+    """The embedded model on the first GPU."""
+    import torch
+
+    from runtime.mesh import Mesh
+    from runtime.model.decoder import Decoder
+    from runtime.model.loader import load_decoder, load_spec, resolve_model
+
+    if not torch.cuda.is_available():
+        raise NotAvailable("torch finds no CUDA device; steps with and without graphs were not compared")
+    _embedded_model()
+    directory = resolve_model(None)
+    decoder = load_decoder(directory, load_spec(directory), Mesh(device=torch.device("cuda", 0)), getattr(torch, dtype))
+    assert isinstance(decoder, Decoder)
+    return decoder
+
+
+class _Sequence:
+    """One sequence of a decoder, behind a prompt of 40 tokens."""
+
+    def __init__(self, decoder: Decoder | GraphedDecoder) -> None:
+        from runtime.retention import LayerGroup, Sliding
+
+        everything = LayerGroup(tuple(range(decoder.spec.num_layers)), lambda: Sliding(None, 256, slot=False))
+        self.decoder = decoder
+        self.caches = decoder.make_caches([everything], num_slots=1, max_staged=WIDE_ROWS)
+        prompt = [token % decoder.spec.vocab_size for token in range(40)]
+        self.run(prompt, list(range(-1, len(prompt) - 1)))
+        self.commit(prompt)
+
+    def run(self, tokens: list[int], parents: list[int]) -> torch.Tensor:
+        """Logits [t, V] of rows behind what is committed."""
+        import numpy as np
+
+        from runtime.model.attention import RowBatch
+
+        positions: list[int] = []
+        for parent in parents:
+            positions.append(self.caches[0].retained[0].length if parent < 0 else positions[parent] + 1)
+        none = np.zeros(len(tokens), np.int64)
+        columns = np.array(tokens), np.array(positions), np.array(parents), none, none
+        batch = RowBatch.build(*columns, self.decoder.mesh.device)
+        return self.decoder.logits(self.decoder.forward(batch, self.caches))
+
+    def step(self, token: int, num_rows: int) -> torch.Tensor:
+        """Logits of the current token, and of a tree of guesses behind it."""
+        tokens = [(token + row) % self.decoder.spec.vocab_size for row in range(num_rows)]
+        return self.run(tokens, [-1, *((row - 1) // 2 for row in range(1, num_rows))])
+
+    def commit(self, tokens: list[int]) -> None:
+        """The first rows of the last run, whose tokens these are, become part of the sequence."""
+        for cache in self.caches:
+            cache.commit(0, list(range(len(tokens))), tokens)
+
+
+def compare_graphs(decoder: Decoder) -> str:
+    """Plain steps and wide ones take turns, with graphs and without; on a CPU, with the shapes that graphs have.
+
+    Raises RuntimeError where logits differ by more than the tolerance.
+    """
+    from runtime.model.graphs import GraphedDecoder
+
+    plain, graphed = _Sequence(decoder), _Sequence(GraphedDecoder(decoder))
+    token, num_alike, worst = 1, 0, 0.0
+    for step in range(LOSSLESS_TOKENS):
+        num_rows = WIDE_ROWS if step % 2 else 2
+        expected, found = plain.step(token, num_rows), graphed.step(token, num_rows)
+        difference = float((found - expected).abs().max())
+        if not difference <= GRAPHS_TOLERANCE:  # NaN is not, either
+            raise RuntimeError(f"logits differ by {difference:.1e} in step {step}, of {num_rows} rows")
+        worst = max(worst, difference)
+        for sequence in (plain, graphed):
+            sequence.commit([token])
+        num_alike += int(expected[0].argmax() == found[0].argmax())
+        token = int(expected[0].argmax())
+    return f"{num_alike} of {LOSSLESS_TOKENS} tokens as without graphs, logits within {worst:.1e}"
+
+
+def time_graphs(decoder: Decoder, rounds: int = 20) -> str:
+    """Milliseconds of a plain step and of a wide one, with graphs and without."""
+    from runtime.model.graphs import GraphedDecoder
+
+    found = []
+    for num_rows in (2, WIDE_ROWS):
+        milliseconds = []
+        for sequence in (_Sequence(decoder), _Sequence(GraphedDecoder(decoder))):
+            times = []
+            for _ in range(rounds + 3):
+                started = time.perf_counter()
+                sequence.step(1, num_rows).argmax(-1).cpu()
+                times.append((time.perf_counter() - started) * 1000)
+            milliseconds.append(median(times[3:]))  # the first ones make kernels and record
+        kind = "a plain step" if num_rows == 2 else f"{num_rows} rows"
+        found.append(f"{kind} {milliseconds[0]:.2f} ms, with graphs {milliseconds[1]:.2f}")
+    return f"{decoder.dtype}: {'; '.join(found)}".removeprefix("torch.")
+
+
 def _lossless(device: str) -> str:
     """The embedded model's tokens with lookahead and without."""
     import torch
@@ -260,4 +387,4 @@ def _lossless(device: str) -> str:
 
 
 if __name__ == "__main__":
-    _all_reduce_rank(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    _all_reduce_rank(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

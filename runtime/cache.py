@@ -12,7 +12,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from runtime.errors import ConfigError
 from runtime.model.rotary import Rotary
@@ -29,6 +31,21 @@ class Stage:
     """[num_kv_heads, head_dim, n + t] each: transposed, as the scores want them."""
     values: tuple[torch.Tensor, ...]
     """[num_kv_heads, n + t, head_dim] each."""
+
+    def write(self, layer: int, keys_values: torch.Tensor) -> None:
+        """Stage the rows' keys and values [2, num_kv_heads, t, head_dim] of a layer."""
+        self.rows[layer].copy_(keys_values)
+
+
+@dataclass(frozen=True)
+class FixedStage(Stage):
+    """The same over a fixed number of columns, in which the rows may stand anywhere; `rows` are all columns."""
+
+    places: torch.Tensor
+    """[t] int64, on the device: the column of each row, read anew whenever rows are written."""
+
+    def write(self, layer: int, keys_values: torch.Tensor) -> None:
+        self.rows[layer].index_copy_(2, self.places, keys_values)
 
 
 class KVCache:
@@ -57,6 +74,8 @@ class KVCache:
         """
         self.layers = group.layers
         self.max_staged = max_staged
+        self.finite = False
+        """Whether no row of the buffer ever reads as NaN or infinity, those never written included (keep_finite)."""
         self.rotary = rotary
         self.retained = [group.new() for _ in range(num_slots)]
         """Per slot, which tokens of the sequence stand in it."""
@@ -90,6 +109,21 @@ class KVCache:
         start = self.retained[slot].num_stored
         seen = self.buffer[slot, ..., : start + count, :]
         return Stage(seen[..., start:, :].unbind(0), seen[:, 0].mT.unbind(0), seen[:, 1].unbind(0))
+
+    def fixed_stage(self, slot: int, num_columns: int, places: torch.Tensor) -> FixedStage:
+        """The slot's first `num_columns` columns, whatever stands there; rows go where `places` [t] says."""
+        assert num_columns <= self.buffer.shape[4], f"{num_columns} columns of {self.buffer.shape[4]}"
+        columns = self.buffer[slot, ..., :num_columns, :]
+        return FixedStage(columns.unbind(0), columns[:, 0].mT.unbind(0), columns[:, 1].unbind(0), places)
+
+    def keep_finite(self) -> None:
+        """Fill the memory with zeros, now and slot by slot when sequences end.
+
+        For readers of `fixed_stage`: columns that no row sees have weight 0 there, but 0 * NaN is NaN. It gives every
+        page of the buffer memory.
+        """
+        self.finite = True
+        self.buffer.zero_()
 
     def commit(self, slot: int, staged: Sequence[int], tokens: Sequence[int]) -> None:
         """Make the staged rows with these indices (ascending) and token ids the next tokens of the sequence."""
@@ -125,6 +159,8 @@ class KVCache:
     def reset(self, slot: int) -> None:
         """Empty the slot for another sequence."""
         self.retained[slot].reset()
+        if self.finite:
+            self.buffer[slot].zero_()  # an overflow in one sequence is not to reach the next
 
     def _apply(self, slot: int, compaction: Compaction | None) -> None:
         """Close the gaps that dropped tokens leave, and turn the anchors' keys to their new positions."""
@@ -136,7 +172,7 @@ class KVCache:
         if len(turns):
             earlier = sum(row < before for row in kept[: len(turns)])
             fresh = self._read(slot, kept[earlier : len(turns)])[:, 0]
-            rows = torch.tensor(kept[:earlier], dtype=torch.long, device=self.device)
+            rows = upload(np.asarray(kept[:earlier], np.int64), self.device)
             unturned.copy_(torch.cat([self.unturned[slot].index_select(2, rows), fresh], dim=2))
         in_place = _num_in_place(kept)
         if in_place < len(kept):
@@ -145,10 +181,21 @@ class KVCache:
             self.buffer[slot, :, 0, :, : len(turns)] = self.rotary.turn(unturned, turns)
 
     def _read(self, slot: int, rows: Sequence[int]) -> torch.Tensor:
-        index = torch.tensor(rows, dtype=torch.long, device=self.device)
+        index = upload(np.asarray(rows, np.int64), self.device)
         return self.buffer[slot].index_select(3, index)
 
 
 def _num_in_place(rows: Sequence[int]) -> int:
     """How many of these rows, from the first on, stand where they are to stand: row i at i."""
     return next((i for i, row in enumerate(rows) if row != i), len(rows))
+
+
+def pinned(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    """A host array as a tensor, from which copies to this device need not be waited for (`non_blocking`)."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def upload(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    """A host array on the device; the host does not wait."""
+    return pinned(array, device).to(device, non_blocking=True)

@@ -19,14 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from runtime.cache import KVCache
+from runtime.cache import KVCache, Stage, upload
 from runtime.model.layers import at_least_float32
 from runtime.model.rotary import Rotary
+from runtime.model.shard import HeadShard
 from runtime.retention import Retention
 
 Ints = NDArray[np.int64]
@@ -66,19 +68,87 @@ class Segment:
             stored = np.ones((len(own), retained.num_stored), np.bool_)
         return np.concatenate([stored, own], axis=1)
 
+    def view(self, cache: KVCache) -> SegmentView:
+        return SegmentView(self, cache)
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Stored tokens, the first ones, whose distance to a row counts from the row's slot."""
+
+    count: int
+    """A, how many columns are looked at."""
+    slots: torch.Tensor
+    """[t] int64: the rows' places in the cache."""
+    chosen: torch.Tensor | None = None
+    """[A] bool: which of the columns are anchors; None: all of them."""
+
+
+class View(Protocol):
+    """A cache as the rows of one sequence see it in one step, all on the device."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def stage(self) -> Stage: ...
+
+    @property
+    def anchors(self) -> Anchors | None: ...
+
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """Added to the scores, [t, last columns]: -inf where a row does not see a key; None: they see all."""
+
+
+Views = Sequence[tuple[Sequence[int], Sequence[View]]]
+"""Per group of layers that keep the same tokens: the layers, and the sequences' views of the group's cache."""
+
+
+class SegmentView:
+    """The view of a step that is run once: shapes are those of the rows and of what is stored."""
+
+    def __init__(self, segment: Segment, cache: KVCache) -> None:
+        self.segment, self.device, self.dtype = segment, cache.device, cache.dtype
+        self.retained = cache.retained[segment.slot]
+        self.num_rows = segment.stop - segment.start
+        self.stage = cache.stage(segment.slot, self.num_rows)
+        self.anchors: Anchors | None = None
+        if count := self.retained.num_slot_anchors:
+            self.anchors = Anchors(count, upload(self.retained.slots(segment.positions), cache.device))
+
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """The mask from the first column on that not every row sees."""
+        sees = self.segment.sees(self.retained, window)
+        if sees is None:
+            return None
+        first = int(sees.all(axis=0).argmin())
+        bias = np.where(sees[:, first:], np.float32(0), np.float32(-np.inf))
+        return upload(bias, self.device).to(self.dtype)
+
 
 @dataclass
 class RowBatch:
     """The rows that one rank runs in a step."""
 
-    tokens: torch.Tensor  # [T] int64
-    positions: torch.Tensor  # [T] int64
-    rope_lengths: torch.Tensor  # [T] int64: length of the row's prompt, which dynamic RoPE scales by
+    columns: torch.Tensor
+    """[3, T] int64, on the device: token, position, and length of the row's prompt, which dynamic RoPE scales by."""
     segments: list[Segment]
 
     @property
     def num_rows(self) -> int:
-        return len(self.tokens)
+        return self.columns.shape[1]
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        return self.columns[0]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        return self.columns[1]
+
+    @property
+    def rope_lengths(self) -> torch.Tensor:
+        return self.columns[2]
 
     @classmethod
     def build(
@@ -103,8 +173,8 @@ class RowBatch:
             local = np.where(parents[start:stop] < 0, -1, parents[start:stop] - start)
             rows = slice(start, stop)
             segments.append(Segment(int(slots[start]), start, stop, ids[rows], places[rows], ancestry(local)))
-        lengths = torch.from_numpy(np.asarray(rope_lengths, np.int64))
-        return cls(torch.from_numpy(ids).to(device), torch.from_numpy(places).to(device), lengths.to(device), segments)
+        columns = np.stack([ids, places, np.asarray(rope_lengths, np.int64)])
+        return cls(upload(columns, device), segments)
 
 
 def ancestry(parents: NDArray[np.integer]) -> Bools:
@@ -128,34 +198,45 @@ class StepAttention:
     common is made once per step: rotation factors, masks, scratch memory, views into the cache.
     """
 
-    def __init__(self, batch: RowBatch, caches: Sequence[KVCache], rotary: Rotary, num_heads: int) -> None:
-        """`caches`: one per group of layers that keep the same tokens; together they have every layer."""
-        dtype, device, num_kv = caches[0].dtype, caches[0].device, caches[0].num_kv_heads
-        turns = rotary.turns(batch.positions, batch.rope_lengths)
+    def __init__(
+        self,
+        positions: torch.Tensor,
+        rope_lengths: torch.Tensor,
+        views: Views,
+        rotary: Rotary,
+        heads: HeadShard,
+        dtype: torch.dtype,
+    ) -> None:
+        """`positions` and `rope_lengths` [T]; the groups of `views` together have every layer."""
+        turns = rotary.turns(positions, rope_lengths)
         num_rows, half = turns.shape
         scale = (2 * half) ** -0.5
-        parts = (turns * scale, num_heads), (turns, num_kv), (torch.ones_like(turns), num_kv)
+        num_kv = heads.num_kv_heads
+        parts = (turns * scale, heads.num_heads), (turns, num_kv), (torch.ones_like(turns), num_kv)
         factors = torch.cat([part[:, None].expand(-1, count, -1) for part, count in parts], dim=1)
         self.wide = at_least_float32(dtype)
         factors = factors.to(self.wide.to_complex())
         self.pairs_shape = (*factors.shape, 2)
-        self.counts = [segment.stop - segment.start for segment in batch.segments]
-        out = torch.empty(num_rows, num_heads, 2 * half, dtype=dtype, device=device)
+        self.counts = [view.num_rows for view in views[0][1]]
+        out = torch.empty(num_rows, heads.num_heads, 2 * half, dtype=dtype, device=positions.device)
         self.out = out.view(num_rows, -1)
         self.layers: dict[int, tuple[list[_SegmentAttention], int]] = {}
         """Per layer, its group's segments, and the layer's index in the group."""
-        for cache in caches:
-            segments = [
-                _SegmentAttention(segment, cache, *of_segment)
-                for segment, *of_segment in zip(
-                    batch.segments,
-                    factors.split(self.counts),
-                    self._slot_factors(batch, cache, rotary, scale),
-                    out.split(self.counts),
-                    strict=True,
-                )
-            ]
-            self.layers |= {layer: (segments, index) for index, layer in enumerate(cache.layers)}
+        for layers, of_sequences in views:
+            segments = []
+            for view, rows, lengths, part in zip(
+                of_sequences,
+                factors.split(self.counts),
+                rope_lengths.split(self.counts),
+                out.split(self.counts),
+                strict=True,
+            ):
+                slot_factors = None
+                if view.anchors is not None:
+                    slot_turns = rotary.turns(view.anchors.slots, lengths) * scale
+                    slot_factors = slot_turns[:, None].to(self.wide.to_complex())
+                segments.append(_SegmentAttention(view, rows, slot_factors, part))
+            self.layers |= {layer: (segments, index) for index, layer in enumerate(layers)}
 
     def __call__(self, qkv: torch.Tensor, layer: int, window: int | None) -> torch.Tensor:
         """Stage the keys and values in `qkv` [T, (H + 2K) * d], and attend. Returns [T, H * d], until the next call."""
@@ -167,21 +248,6 @@ class StepAttention:
             segment(rows, index, window)
         return self.out
 
-    def _slot_factors(
-        self, batch: RowBatch, cache: KVCache, rotary: Rotary, scale: float
-    ) -> list[torch.Tensor | None]:
-        """Per segment, what its queries are multiplied by for the anchors, [t, 1, d/2]; None without such anchors."""
-        factors: list[torch.Tensor | None] = []
-        for segment in batch.segments:
-            retained = cache.retained[segment.slot]
-            if retained.num_slot_anchors == 0:
-                factors.append(None)
-                continue
-            slots = torch.from_numpy(retained.slots(segment.positions)).to(cache.device)
-            turns = rotary.turns(slots, batch.rope_lengths[segment.start : segment.stop])
-            factors.append((turns * scale)[:, None].to(self.wide.to_complex()))
-        return factors
-
 
 class _SegmentAttention:
     """The attention of one sequence's rows, with its scratch memory.
@@ -190,29 +256,25 @@ class _SegmentAttention:
     depend on how many rows stand beside it.
     """
 
-    def __init__(
-        self,
-        segment: Segment,
-        cache: KVCache,
-        factors: torch.Tensor,
-        slot_factors: torch.Tensor | None,
-        out: torch.Tensor,
-    ) -> None:
-        """`factors` [t, H + 2K, d/2], what queries, keys and values are multiplied by; `out` [t, H, d] is filled."""
+    def __init__(self, view: View, factors: torch.Tensor, slot_factors: torch.Tensor | None, out: torch.Tensor) -> None:
+        """`factors` [t, H + 2K, d/2], what queries, keys and values are multiplied by; `slot_factors` [t, 1, d/2], the
+        same for queries that look at anchors; `out` [t, H, d] is filled."""
         count, num_heads, head_dim = out.shape
-        num_kv = cache.num_kv_heads
-        self.segment = segment
-        self.retained = cache.retained[segment.slot]
+        num_kv = (factors.shape[1] - num_heads) // 2
+        self.view = view
         self.factors = factors
-        self.stage = cache.stage(segment.slot, count)
+        self.stage = view.stage
         turned = torch.empty_like(factors.transpose(0, 1), memory_format=torch.contiguous_format)
         self.turned = turned.transpose(0, 1)
         self.turned_heads = torch.view_as_real(turned).flatten(-2)  # [H + 2K, t, d]
-        self.heads = self.turned_heads.to(cache.dtype)  # the same memory, unless the dtype is a narrow one
+        self.heads = self.turned_heads.to(out.dtype)  # the same memory, unless the dtype is a narrow one
         self.queries = self.heads[:num_heads].view(num_kv, -1, head_dim)  # [K, G * t, d]
         self.keys_values = self.heads[num_heads:].view(2, num_kv, count, head_dim)
-        self.scores = out.new_empty(*self.queries.shape[:2], self.retained.num_stored + count)
-        self.anchors = None if slot_factors is None else _AnchorScores(self, slot_factors, num_heads)
+        self.scores = out.new_empty(*self.queries.shape[:2], self.stage.keys[0].shape[-1])
+        self.anchors = None
+        if view.anchors is not None:
+            assert slot_factors is not None
+            self.anchors = _AnchorScores(self, view.anchors, slot_factors, num_heads)
         self.weights = torch.empty_like(self.scores)
         self.mixed = torch.empty_like(self.queries)
         self.mixed_heads = self.mixed.view(num_heads, count, head_dim)
@@ -224,7 +286,7 @@ class _SegmentAttention:
         torch.mul(pairs, self.factors, out=self.turned)
         if self.heads is not self.turned_heads:
             self.heads.copy_(self.turned_heads)
-        self.stage.rows[layer].copy_(self.keys_values)
+        self.stage.write(layer, self.keys_values)
         torch.bmm(self.queries, self.stage.keys[layer], out=self.scores)
         if self.anchors is not None:
             self.anchors(pairs, layer)
@@ -238,14 +300,11 @@ class _SegmentAttention:
         self.out.copy_(self.mixed_heads)
 
     def _mask(self, window: int | None) -> Masked | None:
-        """The mask from the first column on that not every row sees."""
-        sees = self.segment.sees(self.retained, window)
-        if sees is None:
+        bias = self.view.mask(window)
+        if bias is None:
             return None
-        first = int(sees.all(axis=0).argmin())
-        bias = np.where(sees[:, first:], np.float32(0), np.float32(-np.inf))
-        mask = torch.from_numpy(bias).to(self.scores.device, self.scores.dtype)
-        return self.scores.unflatten(1, (-1, len(mask)))[..., first:], mask
+        count, num_columns = bias.shape
+        return self.scores.unflatten(1, (-1, count))[..., -num_columns:], bias
 
 
 class _AnchorScores:
@@ -254,21 +313,24 @@ class _AnchorScores:
     They take the place of those by true positions, which cost next to nothing to compute along with the rest.
     """
 
-    def __init__(self, attention: _SegmentAttention, factors: torch.Tensor, num_heads: int) -> None:
+    def __init__(self, attention: _SegmentAttention, anchors: Anchors, factors: torch.Tensor, num_heads: int) -> None:
         """`factors` [t, 1, d/2] turn the queries."""
         self.factors = factors
         self.num_heads = num_heads
-        count = attention.retained.num_slot_anchors
-        self.keys = [keys[..., :count] for keys in attention.stage.keys]  # [K, d, A] each
+        self.chosen = anchors.chosen
+        self.keys = [keys[..., : anchors.count] for keys in attention.stage.keys]  # [K, d, A] each
         turned = torch.empty_like(attention.turned.transpose(0, 1)[:num_heads])
         self.turned = turned.transpose(0, 1)
         self.turned_heads = torch.view_as_real(turned).flatten(-2)  # [H, t, d]
         self.heads = self.turned_heads.to(attention.scores.dtype)
         self.queries = self.heads.view_as(attention.queries)
-        self.scores = attention.scores[..., :count]
+        self.scores = attention.scores[..., : anchors.count]
 
     def __call__(self, pairs: torch.Tensor, layer: int) -> None:
         torch.mul(pairs[:, : self.num_heads], self.factors, out=self.turned)
         if self.heads is not self.turned_heads:
             self.heads.copy_(self.turned_heads)
-        self.scores.copy_(torch.bmm(self.queries, self.keys[layer]))
+        scores = torch.bmm(self.queries, self.keys[layer])
+        if self.chosen is not None:
+            scores = torch.where(self.chosen, scores, self.scores)
+        self.scores.copy_(scores)

@@ -9,7 +9,7 @@ import torch
 
 from runtime.cache import KVCache
 from runtime.mesh import Mesh
-from runtime.model.attention import RowBatch, StepAttention
+from runtime.model.attention import RowBatch, StepAttention, Views
 from runtime.model.layers import GatedMLP, Linear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
 from runtime.model.rotary import Rotary
 from runtime.model.shard import HeadShard
@@ -67,8 +67,19 @@ class Decoder:
 
         The final norm is part of `logits`, so that rows whose logits nobody wants are spared it.
         """
-        hidden = self.embedding(batch.tokens)
-        attend = StepAttention(batch, caches, self.rotary, self.heads.num_heads)
+        return self.run(
+            batch.columns, [(cache.layers, [segment.view(cache) for segment in batch.segments]) for cache in caches]
+        )
+
+    @torch.inference_mode()
+    def run(self, columns: torch.Tensor, views: Views) -> torch.Tensor:
+        """What `forward` does, from rows [3, T] as RowBatch has them and the sequences' views of their caches.
+
+        Where the views' shapes and addresses are fixed, it is all work for the device, and a CUDA graph can hold it.
+        """
+        tokens, positions, rope_lengths = columns.unbind(0)
+        hidden = self.embedding(tokens)
+        attend = StepAttention(positions, rope_lengths, views, self.rotary, self.heads, self.dtype)
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv(layer.attention_norm(hidden))
             if layer.head_norm is not None:
