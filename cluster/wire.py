@@ -173,7 +173,7 @@ def _model_name(config: Config) -> str:
 
 
 def _device_kind(config: Config) -> str:
-    from runtime.worker import pick_device
+    from runtime.device import pick_device
 
     return pick_device(config, 0).type
 

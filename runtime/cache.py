@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from runtime.device import upload
 from runtime.errors import ConfigError
 from runtime.model.rotary import Rotary
 from runtime.retention import Compaction, LayerGroup
@@ -188,14 +188,3 @@ class KVCache:
 def _num_in_place(rows: Sequence[int]) -> int:
     """How many of these rows, from the first on, stand where they are to stand: row i at i."""
     return next((i for i, row in enumerate(rows) if row != i), len(rows))
-
-
-def pinned(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    """A host array as a tensor, from which copies to this device need not be waited for (`non_blocking`)."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory() if device.type == "cuda" else tensor
-
-
-def upload(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    """A host array on the device; the host does not wait."""
-    return pinned(array, device).to(device, non_blocking=True)

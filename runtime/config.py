@@ -191,7 +191,7 @@ class CacheConfig(Section):
             if not alike or type(separators[0]) not in (str, int):
                 raise ValueError(
                     "separators: is neither a list of texts nor one of token ids; "
-                    "write paper, or for example [\".\", \",\"], or [30, 28]"
+                    'write paper, or for example [".", ","], or [30, 28]'
                 )
         for key, value in given.items():
             if key in cls.model_fields and key != "policy" and key not in defaults and value is not None:

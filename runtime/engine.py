@@ -157,9 +157,7 @@ class Engine:
         if room is not None and len(ids) + request.sampling.max_new_tokens > room:
             problem = f"with the prompt's {len(ids)} tokens they exceed what eviction per turn makes room for, {room}"
             remedy = "Lower it, shorten the prompt, enlarge the cache, or set cache.evict to token."
-            raise InvalidRequestError(
-                "sampling.max_new_tokens", request.sampling.max_new_tokens, problem, remedy
-            )
+            raise InvalidRequestError("sampling.max_new_tokens", request.sampling.max_new_tokens, problem, remedy)
         rows = request.lookahead.window_rows
         if not request.lookahead.planner and rows > self.config.scheduler.max_rows:
             problem = f"the window takes {rows} rows, and a step holds {self.config.scheduler.max_rows}"

@@ -12,10 +12,11 @@ import torch.distributed as dist
 
 from runtime import mesh
 from runtime.config import Config
+from runtime.device import pick_device
 from runtime.errors import WorkerError
 from runtime.model.spec import ModelSpec
 from runtime.step import Row, StepPlan, StepResult, WireLayout
-from runtime.worker import RESULT_HEADER, Worker, alive_key, pick_device, result_words, wire_layout
+from runtime.worker import RESULT_HEADER, Worker, alive_key, result_words, wire_layout
 
 
 class Executor(Protocol):
@@ -133,5 +134,5 @@ def _merged(plan: StepPlan, results: list[np.ndarray]) -> np.ndarray:
     for replica, result in enumerate(results):
         local = plan.local_rows(replica)
         own = owner[local] == replica
-        chosen[local[own]] = result[: len(local) * chosen.shape[1]].reshape(len(local), -1)[own]
+        chosen[local[own]] = result[: len(local) * chosen.shape[1]].reshape(-1, chosen.shape[1])[own]
     return chosen

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from runtime.device import upload
 from runtime.mesh import Mesh
 from runtime.step import TOP_BITS, Choose, Int32, Row, Seq
 
@@ -34,7 +35,7 @@ def choose_tokens(
     chosen = _argmax(logits, mesh, vocab_range)
     if not len(sampled):
         return chosen
-    index = torch.from_numpy(sampled).to(logits.device)
+    index = upload(sampled, logits.device)
     scores = _scores(logits[index], rows[sampled], sequences[sampled], mesh, vocab_range)
     chosen[index] = _argmax(scores, mesh, vocab_range)
     return chosen
@@ -96,12 +97,12 @@ def _scores(
     logits: torch.Tensor, rows: Int32, sequences: Int32, mesh: Mesh, vocab_range: tuple[int, int]
 ) -> torch.Tensor:
     """logits / temperature + noise, with what top-k and top-p leave out at -inf. float64 [R, V_local]"""
-    temperature = torch.from_numpy(sequences[:, Seq.TEMPERATURE].view(np.float32).copy()).to(logits.device)
+    temperature = upload(sequences[:, Seq.TEMPERATURE].view(np.float32).copy(), logits.device)
     scaled = logits / temperature[:, None]
     top_k, top_p = sequences[:, Seq.TOP_K], sequences[:, Seq.TOP_P].view(np.float32)
     filtered = np.flatnonzero((top_k > 0) | (top_p < 1))
     if len(filtered):
-        index = torch.from_numpy(filtered).to(logits.device)
+        index = upload(filtered, logits.device)
         whole = _gather_vocabulary(scaled[index], mesh)
         least = torch.full_like(temperature, -torch.inf)
         least[index] = torch.stack(
@@ -117,7 +118,7 @@ def _scores(
     keys = np.stack([seeds, rows[:, Row.POSITION].astype(np.int64) + 1], axis=1)
     distinct, which = np.unique(keys, axis=0, return_inverse=True)
     noise = gumbel(distinct[:, 0], distinct[:, 1], vocab_range, logits.device)
-    return scaled.double() + noise[torch.from_numpy(which.reshape(-1)).to(logits.device)]
+    return scaled.double() + noise[upload(which.reshape(-1), logits.device)]
 
 
 def _gather_vocabulary(logits: torch.Tensor, mesh: Mesh) -> torch.Tensor:
@@ -156,8 +157,8 @@ def gumbel(seeds: np.ndarray, positions: np.ndarray, ids: tuple[int, int], devic
     Counter-based: SplitMix64's finaliser over a mix of the three numbers, so any rank can compute any
     part of it.
     """
-    rows = torch.from_numpy(seeds).to(device)[:, None]
-    columns = torch.from_numpy(positions).to(device)[:, None]
+    rows = upload(seeds, device)[:, None]
+    columns = upload(positions, device)[:, None]
     vocabulary = torch.arange(*ids, device=device)[None, :]
     key = _mix(_mix(rows) + columns)
     bits = _logical_shift(_mix(key + vocabulary * _GOLDEN), 11)  # 53 of them

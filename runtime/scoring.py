@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.config import CacheConfig, Config
+from runtime.device import pick_device
 from runtime.errors import InvalidRequestError
 from runtime.mesh import Mesh
 from runtime.model.attention import RowBatch
 from runtime.model.loader import load_decoder, load_spec, resolve_model
 from runtime.retention import Ledger, layer_groups, with_separator_ids
 from runtime.tokenizer import Tokenizer
-from runtime.worker import pick_device
 
 HEAD_ROWS = 64
 """Rows whose logits are in memory at a time."""
@@ -51,7 +51,9 @@ class Scorer:
             self.spec = load_spec(self.directory)
             self.tokenizer = Tokenizer(self.directory)
             mesh = Mesh(device=pick_device(config, 0))
-            self.decoder = load_decoder(self.directory, self.spec, mesh, getattr(torch, config.model.dtype))
+            self.decoder = load_decoder(
+                self.directory, self.spec, mesh, getattr(torch, config.model.dtype), config.model.kernels
+            )
         else:
             self.spec, self.tokenizer, self.decoder = weights_of.spec, weights_of.tokenizer, weights_of.decoder
         self.spec.check_cache(config.cache)

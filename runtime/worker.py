@@ -12,18 +12,24 @@ import torch.distributed as dist
 
 from runtime import mesh as meshes
 from runtime.config import Config
+from runtime.device import pick_device, upload
 from runtime.errors import ConfigError
 from runtime.mesh import Mesh
 from runtime.model.attention import RowBatch
+from runtime.model.decoder import Decoder
+from runtime.model.graphs import GraphedDecoder
 from runtime.model.loader import load_decoder, resolve_model
+from runtime.model.native import NativeDecoder
 from runtime.model.spec import ModelSpec
 from runtime.retention import layer_groups
 from runtime.sampler import choose_tokens, top_tokens
 from runtime.step import Choose, Commit, Int32, Row, Seq, StepPlan, WireLayout
 
+AnyDecoder = Decoder | NativeDecoder | GraphedDecoder
+
 MIN_ROWS = 2
-"""A step with a single row runs it twice: kernels for one row differ from those for more, and lookahead
-on and off must not differ (see runtime.model.layers.Linear)."""
+"""On torch's kernels a step with a single row runs it twice: those for one row differ from those for more, and
+lookahead on and off must not differ (see runtime.model.layers.Linear)."""
 
 RESULT_HEADER = 1
 """Words before the rows in a result: the step's microseconds on this worker."""
@@ -34,9 +40,8 @@ class Worker:
 
     def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh) -> None:
         self.mesh = mesh
-        self.decoder = load_decoder(
-            resolve_model(config.model.path), spec, mesh, getattr(torch, config.model.dtype)
-        )
+        self.decoder = make_decoder(config, spec, mesh)
+        self._min_rows = 1 if isinstance(self.decoder, NativeDecoder) else MIN_ROWS
         groups = layer_groups(config.cache, spec.num_layers, config.cache.slot_capacity(spec.max_positions))
         scheduler = config.scheduler
         self.caches = self.decoder.make_caches(groups, scheduler.max_sequences, max_staged=scheduler.max_rows)
@@ -57,7 +62,7 @@ class Worker:
                     cache.begin_turn(slot, num_coming)
         if not len(local):
             return chosen
-        rows = plan.rows[np.resize(local, max(len(local), MIN_ROWS))]
+        rows = plan.rows[np.resize(local, max(len(local), self._min_rows))]
         sequence_of_slot = {int(line[Seq.SLOT]): index for index, line in enumerate(plan.sequences)}
         sequences = plan.sequences[[sequence_of_slot[slot] for slot in rows[:, Row.SLOT].tolist()]]
         batch = RowBatch.build(
@@ -73,7 +78,7 @@ class Worker:
         chosen[:, 0] = -1
         wanted = np.flatnonzero((rows[:, Row.CHOOSE] != Choose.NOTHING) & (rows[:, Row.OWNER] == self.mesh.replica))
         if len(wanted):
-            logits = self.decoder.logits(hidden[torch.from_numpy(wanted).to(hidden.device)])
+            logits = self.decoder.logits(hidden[upload(wanted, hidden.device)])
             place = self.mesh, self.decoder.vocab_range
             found = [choose_tokens(logits, rows[wanted], sequences[wanted], *place)[:, None]]
             if plan.top_k:
@@ -106,6 +111,19 @@ class Worker:
         for slot in plan.resets.tolist():
             for cache in self.caches:
                 cache.reset(slot)
+
+
+def make_decoder(config: Config, spec: ModelSpec, mesh: Mesh) -> AnyDecoder:
+    """The model as this rank runs it. Raises ConfigError where the config asks for what cannot be had."""
+    model = config.model
+    directory, dtype = resolve_model(model.path), getattr(torch, model.dtype)
+    decoder = load_decoder(directory, spec, mesh, dtype, "native" if model.deterministic else model.kernels)
+    if model.deterministic and mesh.tp > 2:
+        problem = "the order in which more than two ranks' sums are added up depends on the number of rows"
+        raise ConfigError("model.deterministic", True, problem, "Set parallel.tp to 1 or 2, or this to false.")
+    if model.cuda_graphs and mesh.device.type == "cuda" and isinstance(decoder, Decoder):
+        return GraphedDecoder(decoder)
+    return decoder
 
 
 def _local_parents(parents: Int32, local: np.ndarray) -> Int32:
@@ -156,13 +174,3 @@ def alive_key(rank: int) -> str:
 
 def wire_layout(config: Config) -> WireLayout:
     return WireLayout(config.scheduler.max_rows, config.scheduler.max_sequences)
-
-
-def pick_device(config: Config, index: int) -> torch.device:
-    """The device of the rank with this index on its machine. Raises ConfigError where CUDA is asked for and absent."""
-    wanted = config.model.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("model.device", wanted, "torch finds no CUDA device here", "Set model.device to cpu or auto.")
-    if wanted == "cuda" or wanted == "auto" and torch.cuda.is_available():
-        return torch.device("cuda", index)
-    return torch.device("cpu")

@@ -50,7 +50,7 @@ def converted(source: Path) -> Path:
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.with_name(target.name + ".lock")):
+    with locked(target.with_name(target.name + ".lock")):
         if not target.is_dir():
             print(f"Converting {source.name} (once; kept in {target}) ...", file=sys.stderr, flush=True)
             scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -63,7 +63,7 @@ def converted(source: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on `path`; the system drops it with the process."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

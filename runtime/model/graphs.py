@@ -26,7 +26,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from runtime.cache import KVCache, pinned
+from runtime.cache import KVCache
+from runtime.device import pinned
 from runtime.model.attention import Anchors, RowBatch, Segment
 from runtime.model.decoder import Decoder
 from runtime.retention import LayerGroup

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -11,10 +14,13 @@ from runtime.errors import ConfigError
 from runtime.mesh import Mesh
 from runtime.model.decoder import Decoder, DecoderLayer
 from runtime.model.layers import GatedMLP, Linear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
+from runtime.model.native import NativeDecoder, obstacle
 from runtime.model.rotary import Rotary, pairs_adjacent
 from runtime.model.shard import HeadShard, split
 from runtime.model.spec import ModelSpec, architecture_name
 from runtime.model.weights import Checkpoint
+
+log = logging.getLogger(__name__)
 
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -87,74 +93,142 @@ def _read_json(path: Path) -> dict:
         raise ConfigError("model.path", str(path.parent), problem, "Mend the file.") from error
 
 
-def load_decoder(directory: Path, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> Decoder:
-    """This rank's shard, on mesh.device. Raises ConfigError for missing or ill-shaped tensors, or too large a tp."""
+def load_decoder(
+    directory: Path,
+    spec: ModelSpec,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    kernels: Literal["auto", "native", "torch"] = "auto",
+) -> Decoder | NativeDecoder:
+    """This rank's shard, on mesh.device.
+
+    `kernels`: auto takes the native ones where they can be had (runtime/model/native).
+
+    Raises ConfigError for missing or ill-shaped tensors, too large a tp, or native kernels that cannot be had.
+    """
     spec.check_tp(mesh.tp)
+    is_native = kernels != "torch" and _has_native(spec, dtype, mesh.device, required=kernels == "native")
     heads = HeadShard.of(spec.num_heads, spec.num_kv_heads, mesh.shard, mesh.tp)
     vocab_range = split(spec.vocab_size, mesh.shard, mesh.tp)
     with torch.no_grad(), Checkpoint(directory, dtype, mesh.device) as checkpoint:
         table_shape = (spec.vocab_size, spec.hidden_size)
         table = checkpoint.rows("model.embed_tokens.weight", table_shape, *vocab_range)
         head = table if spec.tie_embeddings else checkpoint.rows("lm_head.weight", table_shape, *vocab_range)
-        builder = _LayerBuilder(checkpoint, spec, heads, mesh)
+        norm = checkpoint.rows("model.norm.weight", (spec.hidden_size,))
+        embedding = VocabParallelEmbedding(table, vocab_range[0], mesh)
+        rotary = Rotary(spec.rope, mesh.device)
+        reader = _LayerReader(checkpoint, spec, heads, mesh)
+        layers = (reader.layer(index) for index in range(spec.num_layers))  # read when their turn comes: memory
+        if is_native:
+            return NativeDecoder(spec, mesh, dtype, heads, vocab_range, embedding, layers, norm, head, rotary)
         return Decoder(
             spec=spec,
             mesh=mesh,
             dtype=dtype,
             heads=heads,
             vocab_range=vocab_range,
-            embedding=VocabParallelEmbedding(table, vocab_range[0], mesh),
-            layers=tuple(builder.layer(index) for index in range(spec.num_layers)),
-            norm=RMSNorm(checkpoint.rows("model.norm.weight", (spec.hidden_size,)), spec.rms_eps),
+            embedding=embedding,
+            layers=tuple(_torch_layer(weights, spec, mesh) for weights in layers),
+            norm=RMSNorm(norm, spec.rms_eps),
             head=Linear(head),
-            rotary=Rotary(spec.rope, mesh.device),
+            rotary=rotary,
         )
 
 
-class _LayerBuilder:
+def _has_native(spec: ModelSpec, dtype: torch.dtype, device: torch.device, required: bool) -> bool:
+    problem = obstacle(spec, dtype, device)
+    if problem and required:
+        raise ConfigError("model.kernels", "native", problem, "Set model.kernels to auto or torch.")
+    if problem:
+        log.info("torch kernels are used: %s", problem)
+    return problem is None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One rank's share of a layer's tensors, those that are multiplied together fused."""
+
+    attention_norm: torch.Tensor
+    qkv: torch.Tensor
+    """[(H + 2K) * d, D], as DecoderLayer.qkv."""
+    qkv_bias: torch.Tensor | None
+    head_norm: torch.Tensor | None
+    """[H + K, d]"""
+    output: torch.Tensor
+    output_bias: torch.Tensor | None
+    mlp_norm: torch.Tensor
+    gate_up: torch.Tensor
+    """Gate first, then up."""
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+    window: int | None
+
+
+def _torch_layer(weights: LayerWeights, spec: ModelSpec, mesh: Mesh) -> DecoderLayer:
+    def norm(weight: torch.Tensor) -> RMSNorm:
+        return RMSNorm(weight, spec.rms_eps)
+
+    down = RowParallelLinear(weights.down, weights.down_bias, mesh)
+    return DecoderLayer(
+        attention_norm=norm(weights.attention_norm),
+        qkv=Linear(weights.qkv, weights.qkv_bias),
+        head_norm=None if weights.head_norm is None else norm(weights.head_norm),
+        output=RowParallelLinear(weights.output, weights.output_bias, mesh),
+        mlp_norm=norm(weights.mlp_norm),
+        mlp=GatedMLP(Linear(weights.gate_up, weights.gate_up_bias), down, spec.activation),
+        window=weights.window,
+    )
+
+
+class _LayerReader:
     """Cuts this rank's share out of each layer's tensors and fuses what is multiplied together."""
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, heads: HeadShard, mesh: Mesh) -> None:
         self.checkpoint, self.spec, self.heads, self.mesh = checkpoint, spec, heads, mesh
 
-    def layer(self, index: int) -> DecoderLayer:
-        prefix = f"model.layers.{index}"
-        return DecoderLayer(
-            attention_norm=self._norm(f"{prefix}.input_layernorm"),
-            qkv=self._qkv(f"{prefix}.self_attn"),
-            head_norm=self._head_norm(f"{prefix}.self_attn") if self.spec.qk_norm else None,
-            output=self._output(f"{prefix}.self_attn.o_proj"),
-            mlp_norm=self._norm(f"{prefix}.post_attention_layernorm"),
-            mlp=self._mlp(f"{prefix}.mlp"),
-            window=self.spec.sliding_windows[index],
+    def layer(self, index: int) -> LayerWeights:
+        spec, prefix = self.spec, f"model.layers.{index}"
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        start, stop = split(spec.intermediate_size, self.mesh.shard, self.mesh.tp)
+        down_shape = (spec.hidden_size, spec.intermediate_size)
+        return LayerWeights(
+            attention_norm=self._vector(f"{prefix}.input_layernorm.weight"),
+            qkv=self._qkv(attention, "weight", (spec.hidden_size,)),
+            qkv_bias=self._qkv(attention, "bias", ()) if spec.qkv_bias else None,
+            head_norm=self._head_norm(attention) if spec.qk_norm else None,
+            output=self._output(attention),
+            output_bias=self._vector(f"{attention}.o_proj.bias") if spec.o_bias else None,
+            mlp_norm=self._vector(f"{prefix}.post_attention_layernorm.weight"),
+            gate_up=self._gate_up(mlp, "weight", (spec.hidden_size,)),
+            gate_up_bias=self._gate_up(mlp, "bias", ()) if spec.mlp_bias else None,
+            down=self.checkpoint.columns(f"{mlp}.down_proj.weight", down_shape, start, stop),
+            down_bias=self._vector(f"{mlp}.down_proj.bias") if spec.mlp_bias else None,
+            window=spec.sliding_windows[index],
         )
 
-    def _norm(self, name: str) -> RMSNorm:
-        return RMSNorm(self.checkpoint.rows(f"{name}.weight", (self.spec.hidden_size,)), self.spec.rms_eps)
+    def _vector(self, name: str) -> torch.Tensor:
+        return self.checkpoint.rows(name, (self.spec.hidden_size,))
 
-    def _qkv(self, name: str) -> Linear:
+    def _qkv(self, name: str, kind: str, tail: tuple[int, ...]) -> torch.Tensor:
         spec, heads, dim = self.spec, self.heads, self.spec.head_dim
         ranges = (
             ("q_proj", spec.num_heads, heads.query_start, heads.query_stop),
             ("k_proj", spec.num_kv_heads, heads.kv_start, heads.kv_stop),
             ("v_proj", spec.num_kv_heads, heads.kv_start, heads.kv_stop),
         )
+        query, key, value = (
+            self.checkpoint.rows(f"{name}.{part}.{kind}", (count * dim, *tail), start * dim, stop * dim)
+            for part, count, start, stop in ranges
+        )
+        return torch.cat([self._padded(self._paired(query), axis=0), self._paired(key), value])
 
-        def fused(kind: str, tail: tuple[int, ...]) -> torch.Tensor:
-            query, key, value = (
-                self.checkpoint.rows(f"{name}.{part}.{kind}", (count * dim, *tail), start * dim, stop * dim)
-                for part, count, start, stop in ranges
-            )
-            return torch.cat([self._padded(self._paired(query), axis=0), self._paired(key), value])
-
-        return Linear(fused("weight", (spec.hidden_size,)), fused("bias", ()) if spec.qkv_bias else None)
-
-    def _output(self, name: str) -> RowParallelLinear:
+    def _output(self, name: str) -> torch.Tensor:
         spec, heads, dim = self.spec, self.heads, self.spec.head_dim
         shape = (spec.hidden_size, spec.num_heads * dim)
-        weight = self.checkpoint.columns(f"{name}.weight", shape, heads.query_start * dim, heads.query_stop * dim)
-        bias = self.checkpoint.rows(f"{name}.bias", (spec.hidden_size,)) if spec.o_bias else None
-        return RowParallelLinear(self._padded(weight, axis=1), bias, self.mesh)
+        name = f"{name}.o_proj.weight"
+        weight = self.checkpoint.columns(name, shape, heads.query_start * dim, heads.query_stop * dim)
+        return self._padded(weight, axis=1)
 
     def _paired(self, tensor: torch.Tensor) -> torch.Tensor:
         """Whole heads along the first axis, their features in the order that rotation wants."""
@@ -171,23 +245,14 @@ class _LayerBuilder:
         places = torch.tensor(self.heads.slots, device=tensor.device)
         return apart.new_zeros(shape).index_copy_(axis, places, apart).flatten(axis, axis + 1)
 
-    def _head_norm(self, name: str) -> RMSNorm:
+    def _head_norm(self, name: str) -> torch.Tensor:
         query = self.checkpoint.rows(f"{name}.q_norm.weight", (self.spec.head_dim,))
         key = self.checkpoint.rows(f"{name}.k_norm.weight", (self.spec.head_dim,))
         weight = torch.cat([query.expand(self.heads.num_heads, -1), key.expand(self.heads.num_kv_heads, -1)])
-        return RMSNorm(pairs_adjacent(weight), self.spec.rms_eps)
+        return pairs_adjacent(weight)
 
-    def _mlp(self, name: str) -> GatedMLP:
-        spec = self.spec
-        start, stop = split(spec.intermediate_size, self.mesh.shard, self.mesh.tp)
-
-        def fused(kind: str, tail: tuple[int, ...]) -> torch.Tensor:
-            shape = (spec.intermediate_size, *tail)
-            parts = ("gate_proj", "up_proj")
-            return torch.cat([self.checkpoint.rows(f"{name}.{part}.{kind}", shape, start, stop) for part in parts])
-
-        gate_up = Linear(fused("weight", (spec.hidden_size,)), fused("bias", ()) if spec.mlp_bias else None)
-        down_shape = (spec.hidden_size, spec.intermediate_size)
-        down = self.checkpoint.columns(f"{name}.down_proj.weight", down_shape, start, stop)
-        down_bias = self.checkpoint.rows(f"{name}.down_proj.bias", (spec.hidden_size,)) if spec.mlp_bias else None
-        return GatedMLP(gate_up, RowParallelLinear(down, down_bias, self.mesh), spec.activation)
+    def _gate_up(self, name: str, kind: str, tail: tuple[int, ...]) -> torch.Tensor:
+        start, stop = split(self.spec.intermediate_size, self.mesh.shard, self.mesh.tp)
+        shape = (self.spec.intermediate_size, *tail)
+        parts = ("gate_proj", "up_proj")
+        return torch.cat([self.checkpoint.rows(f"{name}.{part}.{kind}", shape, start, stop) for part in parts])

@@ -106,3 +106,46 @@ def test_a_worker_that_cannot_start_says_why(tiny_model, tmp_path):
             (broken / file.name).write_bytes(file.read_bytes())
     with pytest.raises(WorkerError, match="safetensors"):
         Engine.from_config(make_config(broken, lp=2))
+
+
+def test_an_automatic_split_measures_each_and_runs_the_fastest(tiny_model, alone, capsys):
+    settings = {
+        "model": {"path": str(tiny_model)},
+        "parallel": {"split": "auto", "workers": 2},
+        "scheduler": {"max_sequences": 2, "max_rows": 40},
+    }
+    with Engine.from_config(settings) as engine:
+        chosen = engine.config.parallel
+        assert chosen.num_workers == 2 and chosen.split == "fixed"
+        answers = engine.generate(PROMPTS[:2], SAMPLING["greedy"])
+    measured = capsys.readouterr().err
+    assert "lp=2 tp=1" in measured and "lp=1 tp=2" in measured
+    equality = Equality(hugging_face_gap(tiny_model))
+    for prompt, one, other in zip(PROMPTS, alone["greedy"], answers, strict=False):
+        equality.compare(prompt, one.token_ids, other.token_ids)
+    assert equality.lossless and len(equality.divergences) <= 1, equality
+
+
+@pytest.mark.parametrize("budget", [16, 300])
+@pytest.mark.parametrize("sources", [("jacobi",), ("recycle",), ("jacobi", "suffix", "recycle")], ids="-".join)
+def test_each_source_set_and_budget_is_shared_by_eight_replicas(tiny_model, alone, sources, budget):
+    """Lossless, and no replica runs many more than its share of the rows."""
+    config = make_config(tiny_model, lp=8).merged({"scheduler": {"max_sequences": 4, "max_rows": 300}})
+    lookahead = LookaheadConfig(planner=False, sources=sources, row_budget=budget, window_size=4, ngram_size=4)
+    equality = Equality(hugging_face_gap(tiny_model))
+    shares = []
+    with Engine.from_config(config) as engine:
+        execute = engine._executor.execute
+
+        def record(plan):
+            shares.append((plan.num_rows, plan.most_local_rows(8)))
+            return execute(plan)
+
+        engine._executor.execute = record
+        for prompt, one in zip(PROMPTS[:2], alone["greedy"], strict=False):
+            answer = engine.generate([prompt], SAMPLING["greedy"], lookahead)[0]
+            equality.compare(prompt, one.token_ids, answer.token_ids)
+    assert equality.lossless and len(equality.divergences) <= 1, equality
+    wide = [(total, most) for total, most in shares if total > 150]
+    assert budget < 150 or wide or sources == ("jacobi",)
+    assert all(most <= total / 8 + 25 for total, most in wide)

@@ -19,7 +19,12 @@ from tests.server.serving import serving
 pytestmark = pytest.mark.timeout(180)
 
 SETTINGS = ["server.port=0", "model.device=cpu", "scheduler.max_sequences=3", "sampling.ignore_eos=true"]
-LOOKAHEAD = ["lookahead.planner=false", "lookahead.window_size=4", "lookahead.ngram_size=3", "lookahead.guess_set_size=4"]
+LOOKAHEAD = [
+    "lookahead.planner=false",
+    "lookahead.window_size=4",
+    "lookahead.ngram_size=3",
+    "lookahead.guess_set_size=4",
+]
 SINK = ["cache.policy=sink", "cache.num_sinks=2", "cache.window=24"]
 PLAIN = {"enabled": False}
 FOREVER = {"max_new_tokens": 480}

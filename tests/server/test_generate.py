@@ -23,7 +23,12 @@ from tests.server.serving import serving
 pytestmark = pytest.mark.timeout(120)
 
 PROMPT = "abc abc abc abc"
-LOOKAHEAD = ["lookahead.planner=false", "lookahead.window_size=4", "lookahead.ngram_size=3", "lookahead.guess_set_size=4"]
+LOOKAHEAD = [
+    "lookahead.planner=false",
+    "lookahead.window_size=4",
+    "lookahead.ngram_size=3",
+    "lookahead.guess_set_size=4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +139,10 @@ def test_text_messages_and_ids_are_the_same_prompt(client: Client, engine: Engin
         ({"prompt": "a" * 600}, "prompt"),
         ({"prompt": "a", "sampling": {"max_new_tokens": 0}}, "sampling.max_new_tokens"),
         ({"prompt": "a", "sampling": {"stop_token_ids": [262]}}, "sampling.stop_token_ids"),
-        ({"prompt": "a", "lookahead": {"window_size": 256, "ngram_size": 16, "planner": False}}, "lookahead.window_size"),
+        (
+            {"prompt": "a", "lookahead": {"window_size": 256, "ngram_size": 16, "planner": False}},
+            "lookahead.window_size",
+        ),
     ],
 )
 def test_bad_requests_name_the_field(client: Client, arguments: dict, field: str) -> None:

@@ -352,7 +352,9 @@ def test_lookahead_equals_one_at_a_time_decoding(talkative, policy) -> None:
     with Engine.from_config({"model": {"path": str(place)}, "cache": cache, "scheduler": scheduler}) as engine:
         for prompt in prompts:
             one = engine.generate([prompt], greedy, PLAIN)[0]
-            looked = engine.generate([prompt], greedy, LookaheadConfig(planner=False, window_size=5, ngram_size=4, row_budget=30))[0]
+            looked = engine.generate(
+                [prompt], greedy, LookaheadConfig(planner=False, window_size=5, ngram_size=4, row_budget=30)
+            )[0]
             text = [*prompt, *one.token_ids]
             best = dense.logits(text, seen(cache, text))[len(prompt) - 1 : -1].argmax(-1).tolist()
             equality.compare(prompt, best, one.token_ids, "dense")

@@ -1,0 +1,293 @@
+"""NativeDecoder: one tensor-parallel rank's share of a decoder, run by kernels.cpp. The structs here mirror its own."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from ctypes import Structure, c_double, c_int64, c_void_p
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from runtime.cache import KVCache
+from runtime.mesh import Mesh
+from runtime.model.attention import RowBatch, Segment
+from runtime.model.layers import VocabParallelEmbedding
+from runtime.model.native.build import available, library
+from runtime.model.rotary import Rotary
+from runtime.model.shard import HeadShard
+from runtime.model.spec import ModelSpec
+from runtime.retention import LayerGroup
+
+if TYPE_CHECKING:
+    from runtime.model.loader import LayerWeights
+
+LANES, PANEL = 16, 32
+
+WORDS_PER_THREAD = 2**17
+"""A further thread joins in for so many words of a layer's weights, times rows: below, waiting for it costs more."""
+
+
+class _Matrix(Structure):
+    _fields_ = [("words", c_void_p), ("bias", c_void_p), ("panels", c_int64), ("depth", c_int64)]
+
+
+class _Layer(Structure):
+    _fields_ = [
+        *((name, _Matrix) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "head_norm")),
+    ]
+
+
+class _Model(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("is_bfloat16", "hidden", "num_heads", "num_kv_heads", "head_dim")),
+        ("eps", c_double),
+        ("layers", ctypes.POINTER(_Layer)),
+        ("norm", c_void_p),
+        ("head", _Matrix),
+    ]
+
+
+class _Segment(Structure):
+    _fields_ = [
+        ("start", c_int64),
+        ("count", c_int64),
+        ("slot", c_void_p),
+        *((name, c_int64) for name in ("layer_stride", "side_stride", "head_stride", "num_stored", "num_anchors")),
+        *((name, c_void_p) for name in ("anchor_turns", "sees", "offsets", "members")),
+    ]
+
+
+class _Place(Structure):
+    _fields_ = [("segments", ctypes.POINTER(_Segment)), ("index", c_int64)]
+
+
+class _Step(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("num_rows", "num_segments", "num_threads")),
+        ("places", ctypes.POINTER(_Place)),
+        *((name, c_void_p) for name in ("query_turns", "key_turns", "residual", "partial", "scratch")),
+    ]
+
+
+def obstacle(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why NativeDecoder cannot run this model here; None: it can. May compile the kernels."""
+    if device.type != "cpu":
+        return f"native kernels run on the CPU, not on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"native kernels compute in float32 and bfloat16, not in {str(dtype).removeprefix('torch.')}"
+    if spec.activation not in ("silu", "swish"):
+        return f"native kernels have the activation silu, not {spec.activation}"
+    if spec.o_bias or spec.mlp_bias:
+        return "native kernels have no bias behind attention and in the MLP"
+    works, reason = available()
+    return None if works else reason
+
+
+class NativeDecoder:
+    """Does what runtime.model.decoder.Decoder does, with the same surface.
+
+    A row's result is the same, bit for bit, whatever other rows are in the step, however many threads there are, and
+    whether its ancestors are in the cache or in the step.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        heads: HeadShard,
+        vocab_range: tuple[int, int],
+        embedding: VocabParallelEmbedding,
+        layers: Iterable[LayerWeights],
+        norm: torch.Tensor,
+        head: torch.Tensor,
+        rotary: Rotary,
+    ) -> None:
+        """`norm` [D], `head` [V_local, D]. Raises BuildError where there are no kernels (`obstacle` tells)."""
+        self.spec, self.mesh, self.dtype = spec, mesh, dtype
+        self.heads, self.vocab_range = heads, vocab_range
+        self.embedding, self.rotary = embedding, rotary
+        self._kernels = library()
+        self._alive: list[torch.Tensor] = []
+        """What the model's pointers point to."""
+        packed = [self._layer(weights) for weights in layers]
+        self._layers = (_Layer * len(packed))(*packed)
+        self._width = -(-spec.hidden_size // PANEL) * PANEL
+        """D, padded."""
+        self._model = _Model(
+            is_bfloat16=dtype == torch.bfloat16,
+            hidden=spec.hidden_size,
+            num_heads=heads.num_heads,
+            num_kv_heads=heads.num_kv_heads,
+            head_dim=spec.head_dim,
+            eps=spec.rms_eps,
+            layers=self._layers,
+            norm=self._vector(norm),
+            head=self._matrix(head),
+        )
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K, which this rank's KV caches are made for."""
+        return self.heads.num_kv_heads
+
+    def make_caches(self, groups: Sequence[LayerGroup], num_slots: int, max_staged: int) -> tuple[KVCache, ...]:
+        """Empty caches, one per group of layers that keep the same tokens. Raises ConfigError without memory for them.
+
+        `max_staged`: most rows of one sequence in one step.
+        """
+        kinds = self.num_kv_heads, self.spec.head_dim, max_staged, self.rotary, self.dtype, self.mesh.device
+        return tuple(KVCache(group, num_slots, *kinds) for group in groups)
+
+    @torch.inference_mode()
+    def forward(self, batch: RowBatch, caches: Sequence[KVCache]) -> torch.Tensor:
+        """Run the rows and stage their keys and values. Returns float32 [T, D] before the final norm.
+
+        `caches`: one per group of layers, as `make_caches` gives them.
+        """
+        num_rows = batch.num_rows
+        hidden = torch.zeros(2, num_rows, self._width)
+        residual, partial = hidden
+        residual[:, : self.spec.hidden_size] = self.embedding(batch.tokens)
+        turns = self.rotary.turns(batch.positions, batch.rope_lengths)
+        places = _Places(self, batch, caches)
+        factors = _factors(turns * self.spec.head_dim**-0.5), _factors(turns)
+        scratch = torch.empty(self._kernels.outrider_scratch(ctypes.byref(self._model), num_rows), dtype=torch.uint8)
+        step = _Step(
+            num_rows,
+            len(batch.segments),
+            self._num_threads(num_rows),
+            places.array,
+            *(tensor.data_ptr() for tensor in (*factors, residual, partial, scratch)),
+        )
+        num_halves = 2 * len(self._layers)
+        at_once = num_halves if self.mesh.tp == 1 else 1  # between half layers the ranks' parts are added up
+        for half in range(0, num_halves, at_once):
+            self._kernels.outrider_forward(ctypes.byref(self._model), ctypes.byref(step), half, half + at_once)
+            self.mesh.all_reduce(partial)
+        return residual.add_(partial)[:, : self.spec.hidden_size]
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Rows [R, D] of what `forward` returned -> float32 [R, V_local], token ids as `vocab_range` says."""
+        num_rows, head = len(hidden), self._model.head
+        rows = torch.zeros(num_rows, self._width)
+        rows[:, : self.spec.hidden_size] = hidden
+        logits = torch.empty(num_rows, head.panels * PANEL)
+        model = ctypes.byref(self._model)
+        scratch = torch.empty(self._kernels.outrider_head_scratch(model, num_rows), dtype=torch.uint8)
+        tensors = rows.data_ptr(), scratch.data_ptr(), logits.data_ptr()
+        self._kernels.outrider_logits(model, num_rows, *tensors, self._num_threads(num_rows))
+        start, stop = self.vocab_range
+        return logits[:, : stop - start]
+
+    def _num_threads(self, num_rows: int) -> int:
+        layer = self._layers[0]
+        words = sum(m.panels * m.depth for m in (layer.qkv, layer.output, layer.gate_up, layer.down)) * PANEL
+        return min(torch.get_num_threads(), 1 + words * num_rows // WORDS_PER_THREAD)
+
+    def _layer(self, weights: LayerWeights) -> _Layer:
+        gate, up = (_padded(half, LANES).unflatten(0, (-1, LANES)) for half in weights.gate_up.chunk(2))
+        head_norm = None if weights.head_norm is None else self._kept(weights.head_norm.float())
+        return _Layer(
+            qkv=self._matrix(weights.qkv, weights.qkv_bias),
+            output=self._matrix(weights.output),
+            gate_up=self._matrix(torch.stack([gate, up], dim=1).flatten(0, 2)),
+            down=self._matrix(weights.down),
+            attention_norm=self._vector(weights.attention_norm),
+            mlp_norm=self._vector(weights.mlp_norm),
+            head_norm=head_norm,
+        )
+
+    def _matrix(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> _Matrix:
+        """Pack [out, in] into panels [panels, depth, 32 outputs, features of a word]."""
+        per_word = 4 // weight.itemsize
+        even = _padded(_padded(weight, PANEL).T, per_word).T
+        words = even.unflatten(0, (-1, PANEL)).unflatten(2, (-1, per_word)).transpose(1, 2)
+        panels, depth = words.shape[:2]
+        return _Matrix(self._kept(words), None if bias is None else self._vector(bias), panels, depth)
+
+    def _vector(self, values: torch.Tensor) -> int:
+        return self._kept(_padded(values.float(), PANEL))
+
+    def _kept(self, tensor: torch.Tensor) -> int:
+        """The address of a contiguous copy that lives as long as this decoder."""
+        self._alive.append(tensor.contiguous())
+        return self._alive[-1].data_ptr()
+
+
+class _Places:
+    """The C arrays that say where the layers of one step find their keys. They live as long as this object."""
+
+    def __init__(self, decoder: NativeDecoder, batch: RowBatch, caches: Sequence[KVCache]) -> None:
+        self.decoder, self.batch = decoder, batch
+        self.alive: list[object] = []
+        """What the arrays' pointers point to."""
+        windows = decoder.spec.sliding_windows
+        self.array = (_Place * len(windows))()
+        for cache in caches:
+            kinds = {window: self._segments(cache, window) for window in {windows[layer] for layer in cache.layers}}
+            for index, layer in enumerate(cache.layers):
+                self.array[layer] = _Place(kinds[windows[layer]], index)
+
+    def _segments(self, cache: KVCache, window: int | None) -> ctypes.Array[_Segment]:
+        segments = [self._segment(segment, cache, window) for segment in self.batch.segments]
+        self.alive.append(array := (_Segment * len(segments))(*segments))
+        return array
+
+    def _segment(self, segment: Segment, cache: KVCache, window: int | None) -> _Segment:
+        count, retained = segment.stop - segment.start, cache.retained[segment.slot]
+        assert count <= cache.max_staged, f"{count} rows staged, room for {cache.max_staged}"
+        slot_stride, layer_stride, side_stride, head_stride, *_ = cache.buffer.stride()
+        found = _Segment(
+            start=segment.start,
+            count=count,
+            slot=cache.buffer.data_ptr() + segment.slot * slot_stride * cache.buffer.itemsize,
+            layer_stride=layer_stride,
+            side_stride=side_stride,
+            head_stride=head_stride,
+            num_stored=retained.num_stored,
+            num_anchors=retained.num_slot_anchors,
+        )
+        if found.num_anchors:
+            slots = torch.from_numpy(retained.slots(segment.positions))
+            lengths = self.batch.rope_lengths[segment.start : segment.stop]
+            turns = self.decoder.rotary.turns(slots, lengths) * self.decoder.spec.head_dim**-0.5
+            self.alive.append(factors := _factors(turns))
+            found.anchor_turns = factors.data_ptr()
+        self._show(found, segment, segment.sees(retained, window))
+        return found
+
+    def _show(self, found: _Segment, segment: Segment, sees: np.ndarray | None) -> None:
+        """Say what the rows see: `sees` [t, n + t], None: all of it."""
+        if sees is None:
+            return
+        stored, own = sees[:, : found.num_stored], sees[:, found.num_stored :]
+        count = found.count
+        if np.count_nonzero(segment.ancestors) == count * (count + 1) // 2:  # a chain
+            hides = not (stored.all() and np.array_equal(own, segment.ancestors))
+        else:
+            hides = not stored.all()
+            rows, members = own.nonzero()
+            offsets = np.searchsorted(rows, np.arange(count + 1))
+            found.offsets, found.members = self._address(offsets), self._address(members)
+        if hides:
+            found.sees = self._address(sees)
+
+    def _address(self, array: np.ndarray) -> int:
+        self.alive.append(array := np.ascontiguousarray(array))
+        return array.ctypes.data
+
+
+def _factors(turns: torch.Tensor) -> torch.Tensor:
+    """Complex [t, d / 2] -> float32 [t, d]."""
+    return torch.view_as_real(turns.to(torch.complex64)).flatten(1).contiguous()
+
+
+def _padded(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Zeros behind the first dimension, up to a multiple."""
+    missing = -len(tensor) % multiple
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
