@@ -101,7 +101,7 @@ class Transport:
     reduce_peer_s: float = 1e-6
     """Added per further GPU. Assumption; that issue's subject is that latency grows with their number."""
     control_hop_s: float = 115e-6
-    """One hop of a gloo message between processes, seconds. Source: ours, shared/DESIGN.md: broadcast plus gather with
+    """One hop of a gloo message between processes, seconds. Source: ours: broadcast plus gather with
     one worker took 0.23 ms over loopback on a busy two-core machine. A GPU node's cores should do better."""
     control_bandwidth: float = 1e9
     """Bytes per second of such a message. Assumption, pessimistic for loopback and for 10 Gbit/s Ethernet alike."""

@@ -3,7 +3,8 @@
 All methods answer every prompt in turn within one run, the order rotating from prompt to prompt, and
 ratios are taken prompt by prompt: machines drift, pairs do not. Outputs are compared token for token; those of other
 engines and other dtypes may differ by rounding, which is told but is no error. In the same turns a large array is read
-with the same threads: weights' bytes over that speed is the floor of a plain step. Nothing is shared between answers.
+with the same threads: weights' bytes over that speed is the floor of a plain step. What lookahead learns stays with the
+method that learned it: it goes from prompt to prompt, not from method to method.
 
     python -m benchmarks.speed --limit 6 --try W15=window_size:15,ngram_size:5 --llama-cpp --plot out/speed.png
 """
@@ -36,6 +37,7 @@ from cluster.backends import open_engine
 from runtime.config import Config, LookaheadConfig, SamplingParams
 from runtime.engine import Engine
 from runtime.equality import Equality, Gap
+from runtime.lookahead.knowledge import Knowledge
 
 
 def main(
@@ -69,7 +71,7 @@ def main(
             peer = LlamaCpp(run_config.model, torch.get_num_threads(), context, engine.spec.eos_token_ids)
             methods.append(Method("llama.cpp bfloat16", lambda ids: peer.run(ids, max_new_tokens), peer=True))
         for method in methods:
-            method.run(records[0][1][:32])  # warm up
+            method.run(range(100, 132))  # warm up, on no text that is measured
         speeds = measure(engine, methods, [ids for _, ids in records])
         dtype = run_dtype(engine)
         shape = Shape.of("model", engine.spec)
@@ -88,21 +90,22 @@ def run_dtype(engine: Engine) -> str:
 
 
 def outrider_methods(engine: Engine, max_new_tokens: int, tries: Sequence[str]) -> list[Method]:
-    """Lookahead off, as configured, and every `--try`; each without what other answers taught.
+    """Lookahead off, as configured, and every `--try`, each with knowledge of its own.
 
-    All methods answer the same prompts, so with `share` the second would find the first one's answer in the tables.
+    All methods answer the same prompts: with the same tables the second would find the first one's answer there.
     """
     sampling = SamplingParams(max_new_tokens=max_new_tokens)
-    configured = engine.config.lookahead.merged({"enabled": True, "share": False})
+    configured = engine.config.lookahead.merged({"enabled": True})
     settings = {BASELINE: configured.merged({"enabled": False}), "lookahead": configured}
     for text in tries:
         name, values = parse_try(text)
         settings[name] = configured.merged(values, "--try ")
-        if settings[name].share:
-            stderr.print(f"--try {name}: with share, the answers of other methods that share teach it its own")
 
     def method(name: str, lookahead: LookaheadConfig) -> Method:
+        knowledge = Knowledge()
+
         def run(prompt: Sequence[int]) -> Run:
+            engine.knowledge = knowledge
             completion = engine.generate([prompt], sampling, lookahead)[0]
             return Run(completion.token_ids, completion.usage.latency_s, completion)
 

@@ -6,7 +6,6 @@ import json
 import sys
 from dataclasses import asdict
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +33,7 @@ def _curve(choice: Choice) -> Table:
     table.caption = f"measured {choice.curve.measured_at}"
     curve = choice.curve
     before: tuple[int, float] | None = None
-    for rows, seconds in zip(curve.rows, np.maximum.accumulate(curve.seconds), strict=True):
+    for rows, seconds in zip(curve.rows, curve.table(curve.rows[-1])[list(curve.rows)], strict=True):
         slope = f"{1e3 * (seconds - before[1]) / (rows - before[0]):.3f}" if before else ""
         table.add_row(str(rows), f"{1e3 * seconds:.2f}", f"{seconds / curve.seconds[0]:.2f}", slope)
         before = rows, float(seconds)

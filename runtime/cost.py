@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.config import Config
+from runtime.device import pick_device
 from runtime.model.gguf import cache_root
 from runtime.model.spec import ModelSpec
 from runtime.step import Choose, Commit, Row, Seq, StepPlan
@@ -32,8 +33,13 @@ GRID = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 5
 CONTEXT = 256
 """Tokens in the cache while it is measured, where a slot has room for them."""
 BUDGET_S = 6.0
-"""A measurement that has taken this long leaves out the larger steps, whose cost is extrapolated."""
-FORMAT = 1
+"""A measurement takes about this long: larger steps than fit in are left out, and their cost is extrapolated."""
+ROUNDS = 5
+"""Each number of rows is timed so many times, in rounds over all of them: hiccups hit single rounds."""
+CHECKED, TOLERATED = (1, 16, 64), 1.3
+"""A stored curve is held against steps of so many rows; if their costs, relative to each other, are off by more than
+this factor, it is measured again."""
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,11 @@ class CostCurve:
     """Local time, for people."""
 
     def table(self, max_rows: int) -> NDArray[np.float64]:
-        """t(T) for T = 0 .. max_rows: interpolated, never falling, beyond the last point by the last slope."""
-        rows, seconds = np.array(self.rows, float), np.maximum.accumulate(np.array(self.seconds))
+        """t(T) for T = 0 .. max_rows: interpolated, never falling, beyond the last point by the last slope.
+
+        A step with fewer rows costs no more than one with more: where it was measured so, that was noise.
+        """
+        rows, seconds = np.array(self.rows, float), np.minimum.accumulate(self.seconds[::-1])[::-1]
         table = np.interp(np.arange(max_rows + 1), rows, seconds)
         if max_rows > rows[-1] and len(rows) > 1:
             slope = (seconds[-1] - seconds[-2]) / (rows[-1] - rows[-2])
@@ -69,7 +78,7 @@ class RunningCost:
     def __init__(self, curve: CostCurve, max_rows: int) -> None:
         self.curve = curve
         self._points = np.array(curve.rows, float)
-        self._log_seconds = np.log(np.maximum.accumulate(np.array(curve.seconds)))
+        self._log_seconds = np.log(np.minimum.accumulate(curve.seconds[::-1])[::-1])
         self._max_rows = max_rows
         self._since_refresh = 0
         self.seconds = curve.table(max_rows)
@@ -97,7 +106,9 @@ def assumed(max_rows: int) -> CostCurve:
     return CostCurve((1, max_rows + 1), (1.0, 1.0 + max_rows / 100))
 
 
-def measure(executor: Executor, config: Config, spec: ModelSpec, top_k: int) -> CostCurve:
+def measure(
+    executor: Executor, config: Config, spec: ModelSpec, top_k: int, grid: tuple[int, ...] = GRID, rounds: int = ROUNDS
+) -> CostCurve:
     """Time steps of the whole mesh, in a few seconds. No sequence may be running: slot 0 is written over."""
     from runtime.lookahead.partition import partition
 
@@ -130,25 +141,24 @@ def measure(executor: Executor, config: Config, spec: ModelSpec, top_k: int) -> 
     first.commits = commit
     executor.execute(first)
 
-    started = time.perf_counter()
-    rows: list[int] = []
-    seconds: list[float] = []
-    for count in (count for count in GRID if count <= max_rows):
-        if time.perf_counter() - started > BUDGET_S and len(rows) >= 2:
+    def timed(count: int) -> float:
+        step = plan([-1, *((row - 1) // 2 for row in range(1, count))], context, Choose.SAMPLE)
+        began = time.perf_counter()
+        executor.execute(step)
+        return time.perf_counter() - began
+
+    seconds: dict[int, list[float]] = {}
+    spent = 0.0
+    for count in (count for count in grid if count <= max_rows):
+        timed(count)  # the first of a shape makes kernels
+        seconds[count] = [timed(count)]
+        spent += seconds[count][0]
+        if spent * rounds > BUDGET_S and len(seconds) >= 2:
             break
-        tree = [-1, *((row - 1) // 2 for row in range(1, count))]
-        times: list[float] = []
-        for repeat in range(8):
-            step = plan(tree, context, Choose.SAMPLE)
-            began = time.perf_counter()
-            executor.execute(step)
-            if repeat:  # the first of a shape makes kernels
-                times.append(time.perf_counter() - began)
-            if len(times) >= 3 and sum(times) > BUDGET_S / 20:
-                break
-        rows.append(count)
-        seconds.append(median(times))
-    return CostCurve(tuple(rows), tuple(seconds), time.strftime("%Y-%m-%d %H:%M:%S"))
+    for _ in range(rounds - 1):
+        for count, times in seconds.items():
+            times.append(timed(count))
+    return CostCurve(tuple(seconds), tuple(map(median, seconds.values())), time.strftime("%Y-%m-%d %H:%M:%S"))
 
 
 def stored(config: Config, spec: ModelSpec) -> CostCurve | None:
@@ -173,13 +183,20 @@ def store(config: Config, spec: ModelSpec, curve: CostCurve) -> Path:
 def measured(
     executor: Executor, config: Config, spec: ModelSpec, top_k: int, say: Callable[[str], object]
 ) -> CostCurve:
-    """The stored curve, or else one measured now and kept."""
+    """The stored curve, if steps still cost about that; or else one measured now and kept."""
     curve = stored(config, spec)
-    if curve is None:
-        say("measuring the cost of a step by its rows (once; a few seconds) ...")
+    if curve is None or _has_drifted(curve, measure(executor, config, spec, top_k, CHECKED, rounds=3)):
+        say(f"measuring the cost of a step by its rows ({'once' if curve is None else 'it has changed'}; seconds) ...")
         curve = measure(executor, config, spec, top_k)
         store(config, spec, curve)
     return curve
+
+
+def _has_drifted(curve: CostCurve, check: CostCurve) -> bool:
+    """Whether the costs of steps, relative to each other, are not those of the curve any more."""
+    expected = curve.table(max(check.rows))[list(check.rows)]
+    ratios = np.array(check.seconds) / expected
+    return bool(ratios.max() / ratios.min() > TOLERATED)
 
 
 def say(text: str) -> None:
@@ -190,13 +207,12 @@ def say(text: str) -> None:
 def _place(config: Config, spec: ModelSpec) -> Path:
     key = (
         FORMAT,
-        platform.node() if config.model.device == "cuda" else "",
         _machine(),
         config.model.path,
         asdict(spec).__repr__(),
         config.model.dtype,
         config.model.kernels,
-        config.model.device,
+        pick_device(config, 0).type,
         (config.parallel.lp, config.parallel.tp, config.parallel.threads),
         config.scheduler.max_rows,
         config.cache.model_dump(),

@@ -17,6 +17,7 @@ from runtime.config import Config, LookaheadConfig, SamplingParams
 from runtime.cost import CostCurve, RunningCost
 from runtime.errors import InvalidRequestError
 from runtime.executor import Executor, LocalExecutor, MeshExecutor, WorkerPool
+from runtime.lookahead.knowledge import Knowledge
 from runtime.model.loader import load_spec, resolve_model
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
@@ -88,6 +89,16 @@ class Engine:
         if config.lookahead.enabled and config.lookahead.planner:
             engine.use_curve(cost.measured(executor, config, spec, TOP_K, cost.say))
         return engine
+
+    @property
+    def knowledge(self) -> Knowledge:
+        """What lookahead has learned. Requests admitted from now on share it, but for those with `share: false`; set
+        another to begin anew, or to keep the records of two runs apart."""
+        return self._scheduler.knowledge
+
+    @knowledge.setter
+    def knowledge(self, knowledge: Knowledge) -> None:
+        self._scheduler.knowledge = knowledge
 
     def measure_cost(self) -> CostCurve:
         """Measure the cost curve anew, keep it and plan by it. Nothing may be running."""

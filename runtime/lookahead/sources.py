@@ -57,7 +57,7 @@ class JacobiSource(Source):
     """The paper's algorithm: an n-gram pool fed by the lookahead window, the prompt and the output."""
 
     DEPTHS, AGES = 3, 4
-    PRIORS = (0.0, *(prior(p / (1 + age / 2)) for p in (0.25, 0.35, 0.45) for age in range(4)))
+    PRIORS = (0.0, *(prior(p / (1 + age / 2)) for p in (0.06, 0.1, 0.15) for age in range(4)))
     """By how many tokens of the n-gram are there already, and by how old it is among the pool's."""
 
     def __init__(self, config: LookaheadConfig, prompt: Sequence[int], first_feature: int, table: RecycleTable) -> None:
