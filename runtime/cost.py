@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 GRID = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Numbers of rows measured; in between, the curve is a straight line."""
-CONTEXT = 256
+CONTEXT = 512
 """Tokens in the cache while it is measured, where a slot has room for them."""
 BUDGET_S = 6.0
 """A measurement takes about this long: larger steps than fit in are left out, and their cost is extrapolated."""

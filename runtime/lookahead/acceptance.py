@@ -1,8 +1,8 @@
 """Learned acceptance: how likely a proposed token is the one the model will choose, given who proposes it and how.
 
 Every proposal carries one feature per column (a source has one column or several), the column's `absent` feature
-where that source does not propose the token. The probability is a logistic function of the sum of the features'
-weights, so that sources that agree strengthen each other. Weights start from priors and are learned online, from
+where that source does not propose the token. The probability is a logistic function of the features' weights, the
+strongest in full and the others in part, so that sources that agree strengthen each other. Weights start from priors and are learned online, from
 every node whose next token has become known, whether or not its proposals fitted into the step.
 """
 
@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-LEARNING_RATE = 0.15
+LEARNING_RATE = 0.3
 """Of AdaGrad (Duchi et al., 2011): first steps are about this large, in logits, and shrink as evidence comes in."""
 
 PRIOR_EVIDENCE = 1.0
@@ -20,6 +20,10 @@ PRIOR_EVIDENCE = 1.0
 
 BIAS = -4.0
 """Logit of a token that nobody proposes; priors of features are given as what they add to it."""
+
+AGREEMENT = 0.4
+"""How much the weights of all proposals but the strongest count. Sources look at the same text, so they are not
+independent: with 1, chains on which all agree are believed to be accepted far longer than they are."""
 
 TEXT_RATE = 0.05
 """How fast the bias of one text follows its own record."""
@@ -83,35 +87,38 @@ class Judge:
         weights = self.acceptance.weights
         base = BIAS + self.bias
         for absent, _, _ in columns:
-            base += weights[absent]
+            base += AGREEMENT * weights[absent]
         logits: dict[int, float] = {}
+        strongest: dict[int, float] = {}
         for absent, first, proposals in columns:
             missing = weights[absent]
             for token, offset in proposals:
-                logits[token] = logits.get(token, base) + weights[first + offset] - missing
-        ranked = [(-logit, token) for token, logit in logits.items()]
+                weight = weights[first + offset]
+                logits[token] = logits.get(token, base) + AGREEMENT * (weight - missing)
+                if weight > strongest.get(token, -math.inf):
+                    strongest[token] = weight
+        ranked = [(-logit - (1 - AGREEMENT) * strongest[token], token) for token, logit in logits.items()]
         ranked.sort()
         return Guesses(columns, ranked)
 
     def without(self, guesses: Guesses, token: int, features: range) -> float:
         """The token's probability if the source with these features had not proposed it."""
-        weights = self.acceptance.weights
-        minus_logit = next(minus_logit for minus_logit, other in guesses.ranked if other == token)
-        for column in guesses.columns:
-            if column.absent in features:
-                offset = dict(column.proposals).get(token)
-                if offset is not None:
-                    minus_logit += weights[column.first + offset] - weights[column.absent]
-        return probability(minus_logit)
+        others = [c._replace(proposals=()) if c.absent in features else c for c in guesses.columns]
+        ranked = self.judge(others).ranked
+        return next((probability(minus_logit) for minus_logit, other in ranked if other == token), probability(-BIAS))
 
     def learn(self, guesses: Guesses, chosen: int) -> None:
         """The model chose `chosen` where these were the guesses."""
-        error = 0.0
+        weights, error = self.acceptance.weights, 0.0
         columns = [(column.absent, column.first, dict(column.proposals)) for column in guesses.columns]
         for minus_logit, token in guesses.ranked:
             gradient = probability(minus_logit) - (token == chosen)
             error += gradient
-            for absent, first, offsets in columns:
-                offset = offsets.get(token)
-                self.acceptance.learn(absent if offset is None else first + offset, gradient)
+            proposed = [first + offsets[token] for _, first, offsets in columns if token in offsets]
+            strongest = max(proposed, key=weights.__getitem__)
+            for feature in proposed:
+                self.acceptance.learn(feature, gradient * (1.0 if feature == strongest else AGREEMENT))
+            for absent, _, offsets in columns:
+                if token not in offsets:
+                    self.acceptance.learn(absent, gradient * AGREEMENT)
         self.bias -= TEXT_RATE * error
