@@ -2,8 +2,9 @@
 
 Every proposal carries one feature per column (a source has one column or several), the column's `absent` feature
 where that source does not propose the token. The probability is a logistic function of the features' weights, the
-strongest in full and the others in part, so that sources that agree strengthen each other. Weights start from priors and are learned online, from
-every node whose next token has become known, whether or not its proposals fitted into the step.
+strongest in full and the others in part, so that sources that agree strengthen each other. Weights start from priors
+and are learned online, from every node whose next token has become known, whether or not its proposals fitted into the
+step.
 """
 
 from __future__ import annotations

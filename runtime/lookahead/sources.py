@@ -65,18 +65,21 @@ class JacobiSource(Source):
         self.pool = NgramPool(config.ngram_size, config.guess_set_size)
         self._prompt = prompt
         self.window: Window | None = Window(config.window_size, config.ngram_size, prompt)
+        self._needs_window = config.planner and "suffix" in config.sources
+        """Without one its n-grams are the text's own, and `suffix` knows longer ones."""
         self._laid_out = False
         self._next: dict[tuple[int, ...], list[int]] = {}  # guesses so far -> what follows them in the pool, new first
 
     def propose(self, tail: tuple[int, ...], depth: int) -> Iterable[Column]:
         if depth == 0:
-            self._next = {}
+            self._next.clear()
             for ngram in self.pool.tails(tail[-1]):
                 for length, token in enumerate(ngram):
                     followers = self._next.setdefault(ngram[:length], [])
                     if token not in followers:
                         followers.append(token)
-        followers = self._next.get(tail[len(tail) - depth :] if depth else (), []) if depth < TAIL else []
+        is_silent = self.window is None and self._needs_window or depth >= TAIL
+        followers = [] if is_silent else self._next.get(tail[len(tail) - depth :] if depth else (), [])
         first = self.first_feature + 1 + min(depth, self.DEPTHS - 1) * self.AGES
         oldest = self.AGES - 1
         yield Column(self.first_feature, first, [(token, min(age, oldest)) for age, token in enumerate(followers)])
@@ -99,6 +102,8 @@ class JacobiSource(Source):
                 self.pool.add(ngram)
 
     def observe(self, text: Sequence[int], num_new: int, is_prompt: bool) -> None:
+        if self.window is None and self._needs_window:
+            return
         if self.config.pool_from_prompt if is_prompt else self.config.pool_from_output:
             self.pool.add_text(text[-(num_new + self.config.ngram_size - 1) :])
 
