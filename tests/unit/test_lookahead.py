@@ -283,7 +283,7 @@ def test_planner_takes_what_pays_by_the_cost_of_rows():
     tree = plant(FOREST)
     assert planner.grow([Bed(tree, 99)], 1, free) == pytest.approx(1 + 0.6 + 0.54 + 0.3 + 0.27 + 0.15 + 0.03)
     assert tree.num_candidates == 6
-    dear = 0.45 + 0.55 * np.arange(200)  # a row costs half of what the first did
+    dear = 0.48 + 0.52 * np.arange(200)  # a row costs half of what the first did
     tree = plant(FOREST)
     assert planner.grow([Bed(tree, 99)], 1, dear) == pytest.approx(1.6) and tree.num_candidates == 1
     tree = plant({(): [(0.5, 1)]})
