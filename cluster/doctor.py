@@ -85,6 +85,7 @@ def _all(quick: bool) -> Iterator[Finding]:
         ("transformers", lambda: _version("transformers"), "Run make setup."),
         ("ray", lambda: _version("ray"), "Run make setup."),
         ("grpc", lambda: f"{_version('grpcio')}, protobuf {_version('protobuf')}", "Run make setup."),
+        ("native cpu kernels", _native_kernels, ""),
         ("embedded model", _embedded_model, "Run make setup, or name a model with model.path."),
     ]
     if not quick:
@@ -151,6 +152,15 @@ def _nccl() -> str:
     if not (torch.cuda.is_available() and torch.distributed.is_nccl_available()):
         raise NotAvailable("no CUDA device, or a torch without NCCL", "Needed for meshes of GPUs only.")
     return ".".join(str(part) for part in torch.cuda.nccl.version())
+
+
+def _native_kernels() -> str:
+    from runtime.model import native
+
+    works, detail = native.available()
+    if not works:
+        raise NotAvailable(detail, "Install g++ 11 or later: CPU workers are slower on torch's kernels.")
+    return detail
 
 
 def _embedded_model() -> str:

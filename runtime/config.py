@@ -47,6 +47,12 @@ class ModelConfig(Section):
     """Refuse to run where lookahead on and off would not give the same bits by construction: on anything but native
     kernels, and with tp above 2, whose sums have no fixed order."""
 
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.deterministic and self.kernels == "torch":
+            raise ValueError("deterministic: needs the native kernels; leave kernels out, or set this to false")
+        return self
+
 
 class ParallelConfig(Section):
     split: Literal["fixed", "auto"] = "fixed"
@@ -337,6 +343,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.model.deterministic and self.parallel.tp > 2:
+            raise ValueError(
+                "model.deterministic: the order in which more than two ranks' sums are added up depends on the number "
+                "of rows; set parallel.tp to 1 or 2, or this to false"
+            )
         if self.scheduler.max_rows < 2 * self.scheduler.max_sequences:
             raise ValueError(
                 f"scheduler.max_rows: {self.scheduler.max_rows} rows are too few for "

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from runtime import mesh as meshes
 from runtime.config import Config
 from runtime.device import pick_device, upload
-from runtime.errors import ConfigError
 from runtime.mesh import Mesh
 from runtime.model.attention import RowBatch
 from runtime.model.decoder import Decoder
@@ -118,9 +117,6 @@ def make_decoder(config: Config, spec: ModelSpec, mesh: Mesh) -> AnyDecoder:
     model = config.model
     directory, dtype = resolve_model(model.path), getattr(torch, model.dtype)
     decoder = load_decoder(directory, spec, mesh, dtype, "native" if model.deterministic else model.kernels)
-    if model.deterministic and mesh.tp > 2:
-        problem = "the order in which more than two ranks' sums are added up depends on the number of rows"
-        raise ConfigError("model.deterministic", True, problem, "Set parallel.tp to 1 or 2, or this to false.")
     if model.cuda_graphs and mesh.device.type == "cuda" and isinstance(decoder, Decoder):
         return GraphedDecoder(decoder)
     return decoder

@@ -46,7 +46,7 @@ def test_help_needs_none_of_the_big_libraries():
 def test_help_lists_the_commands(outrider):
     code, out, _ = outrider("--help")
     assert code == 0
-    for command in ("serve", "generate", "chat", "batch", "doctor", "version"):
+    for command in ("serve", "generate", "chat", "batch", "plan", "doctor", "version"):
         assert f"\n  {command} " in out
 
 
@@ -138,7 +138,8 @@ def test_doctor_looks_and_reports_as_json(outrider):
     report = json.loads(out)
     by_name = {finding["name"]: finding for finding in report["findings"]}
     assert code == 0 and report["ok"]
-    for name in ("python", "torch", "cuda", "nccl", "transformers", "ray", "grpc", "embedded model"):
+    libraries = ("torch", "cuda", "nccl", "transformers", "ray", "grpc")
+    for name in ("python", *libraries, "native cpu kernels", "embedded model"):
         assert by_name[name]["status"] in ("ok", "not available")
 
 
