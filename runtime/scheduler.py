@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from runtime.request import Request, Usage
 from runtime.retention import Ledger, layer_groups
 from runtime.step import Commit, Int32, Row, Seq, StepPlan
 
-TOP_K = int(os.environ.get("TOP_K", "8"))
+TOP_K = 8
 """Likeliest tokens that a row gives for the recycle table, as in the paper."""
 
 
