@@ -7,6 +7,7 @@ import random
 import pytest
 
 from runtime import Config, Engine, InvalidRequestError, LookaheadConfig, ResourceExhaustedError, SamplingParams
+from runtime.cost import CostCurve
 from runtime.equality import Equality, hugging_face_gap
 from runtime.request import FinishReason
 
@@ -218,3 +219,29 @@ def test_step_time_is_accounted_for(engine):
     assert engine.stats.num_steps > steps
     for phase in ("plan", "forward", "verify"):
         assert engine.stats.seconds[phase] > before[phase]
+
+
+def test_where_rows_are_free_the_planner_runs_many_and_a_window_and_stays_lossless(tiny_model, gap_of):
+    equality = Equality(gap_of)
+    sampling = SamplingParams(max_new_tokens=80, ignore_eos=True)
+    config = {"model": {"path": str(tiny_model)}, "scheduler": {"max_sequences": 2, "max_rows": 160}}
+    with Engine.from_config(config) as engine:
+        engine.use_curve(CostCurve((1, 160), (1.0, 1.0001)))
+        engine.cost.observe = lambda num_rows, seconds: None  # type: ignore[method-assign]
+        for prompt in make_prompts(3, seed=4):
+            plain, looked = (engine.generate([prompt], sampling, setting)[0] for setting in (PLAIN, LookaheadConfig()))
+            equality.compare(prompt, plain.token_ids, looked.token_ids)
+        assert looked.usage.rows_per_step > 40
+        assert engine.knowledge.windows.size != (0, 0)
+        capped = engine.generate([prompt], sampling, LookaheadConfig(row_budget=9))[0]
+        assert capped.token_ids == plain.token_ids and capped.usage.rows_per_step <= 9
+    assert equality.lossless and len(equality.divergences) <= 1, equality
+
+
+def test_where_rows_are_dear_the_planner_decodes_plainly(tiny_model):
+    config = {"model": {"path": str(tiny_model)}, "scheduler": {"max_sequences": 2, "max_rows": 160}}
+    with Engine.from_config(config) as engine:
+        engine.use_curve(CostCurve((1, 160), (1.0, 160.0)))
+        engine.cost.observe = lambda num_rows, seconds: None  # type: ignore[method-assign]
+        answer = engine.generate([[5, 6, 7]], SamplingParams(max_new_tokens=40, ignore_eos=True))[0]
+    assert answer.usage.rows_per_step < 1.5
