@@ -10,10 +10,10 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,10 +36,10 @@ BUDGET_S = 6.0
 """A measurement takes about this long: larger steps than fit in are left out, and their cost is extrapolated."""
 ROUNDS = 5
 """Each number of rows is timed so many times, in rounds over all of them: hiccups hit single rounds."""
-CHECKED, TOLERATED = (1, 16, 64), 1.3
+CHECKED, TOLERATED = (1, 16, 64), 1.4
 """A stored curve is held against steps of so many rows; if their costs, relative to each other, are off by more than
 this factor, it is measured again."""
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,24 @@ class CostCurve:
     seconds: tuple[float, ...]
     measured_at: str = ""
     """Local time, for people."""
+    alone: tuple[float, ...] = ()
+    """The same with all rows on one replica, where there are several: the others wait. Where replicas share a memory,
+    a small step is faster so."""
 
     def table(self, max_rows: int) -> NDArray[np.float64]:
-        """t(T) for T = 0 .. max_rows: interpolated, never falling, beyond the last point by the last slope.
+        """t(T) for T = 0 .. max_rows, by the faster way: interpolated, never falling, beyond the last point by the last
+        slope."""
+        shared = self._table(self.seconds, max_rows)
+        return np.minimum(shared, self._table(self.alone, max_rows)) if self.alone else shared
 
-        A step with fewer rows costs no more than one with more: where it was measured so, that was noise.
-        """
-        rows, seconds = np.array(self.rows, float), np.minimum.accumulate(self.seconds[::-1])[::-1]
+    def shares(self, max_rows: int) -> NDArray[np.bool_]:
+        """For T = 0 .. max_rows, whether a step is faster with its rows divided among the replicas."""
+        shared = self._table(self.seconds, max_rows)
+        return shared < self._table(self.alone, max_rows) if self.alone else np.ones(max_rows + 1, np.bool_)
+
+    def _table(self, measured: tuple[float, ...], max_rows: int) -> NDArray[np.float64]:
+        """A step with fewer rows costs no more than one with more: where it was measured so, that was noise."""
+        rows, seconds = np.array(self.rows, float), np.minimum.accumulate(measured[::-1])[::-1]
         table = np.interp(np.arange(max_rows + 1), rows, seconds)
         if max_rows > rows[-1] and len(rows) > 1:
             slope = (seconds[-1] - seconds[-2]) / (rows[-1] - rows[-2])
@@ -78,11 +89,13 @@ class RunningCost:
     def __init__(self, curve: CostCurve, max_rows: int) -> None:
         self.curve = curve
         self._points = np.array(curve.rows, float)
-        self._log_seconds = np.log(np.minimum.accumulate(curve.seconds[::-1])[::-1])
+        self._correction = np.zeros(len(curve.rows))  # logarithms of factors
         self._max_rows = max_rows
         self._since_refresh = 0
         self.seconds = curve.table(max_rows)
         """t(T) for T = 0 .. max_rows."""
+        self.shares = curve.shares(max_rows)
+        """Whether such a step's rows are to be divided among the replicas."""
 
     def observe(self, num_rows: int, seconds: float) -> None:
         """A step of decoding took this long, planning and verification included."""
@@ -90,7 +103,7 @@ class RunningCost:
         surprise = float(np.clip(surprise, -np.log(self.OUTLIER), np.log(self.OUTLIER)))
         distance = np.abs(np.log(self._points / num_rows))
         share = self.ELSEWHERE + (1 - self.ELSEWHERE) * np.exp(-((distance / 0.5) ** 2))
-        self._log_seconds += self.RATE * surprise * share
+        self._correction += self.RATE * surprise * share
         self._since_refresh += 1
         if self._since_refresh >= 8:
             self._since_refresh = 0
@@ -98,7 +111,12 @@ class RunningCost:
 
     def now(self) -> CostCurve:
         """The curve, corrected."""
-        return CostCurve(self.curve.rows, tuple(np.exp(self._log_seconds).tolist()), self.curve.measured_at)
+        factors = np.exp(self._correction)
+        seconds, alone = (
+            tuple((np.array(measured) * factors).tolist()) if measured else ()
+            for measured in (self.curve.seconds, self.curve.alone)
+        )
+        return replace(self.curve, seconds=seconds, alone=alone)
 
 
 def assumed(max_rows: int) -> CostCurve:
@@ -116,14 +134,14 @@ def measure(
     capacity = config.cache.slot_capacity(spec.max_positions)
     max_rows = config.scheduler.max_rows
 
-    def plan(parents: list[int], first: int, choose: Choose) -> StepPlan:
+    def plan(parents: list[int], first: int, choose: Choose, replicas: int = 1) -> StepPlan:
         rows = np.zeros((len(parents), len(Row)), np.int32)
         positions: list[int] = []
         for parent in parents:
             positions.append(positions[parent] + 1 if parent >= 0 else first)
         rows[:, Row.TOKEN] = [generator.randrange(spec.vocab_size) for _ in parents]
         rows[:, Row.POSITION], rows[:, Row.PARENT], rows[:, Row.CHOOSE] = positions, parents, choose
-        rows[:, Row.OWNER], rows[:, Row.REPLICAS] = partition(parents, config.parallel.lp)
+        rows[:, Row.OWNER], rows[:, Row.REPLICAS] = partition(parents, replicas)
         sequence = np.zeros((1, len(Seq)), np.int32)
         sequence[0, Seq.ROPE_LENGTH], sequence[0, Seq.TOP_P] = first + 1, np.float32(1).view(np.int32)
         return StepPlan(rows, sequence, top_k=top_k if choose != Choose.NOTHING else 0)
@@ -134,39 +152,42 @@ def measure(
     executor.execute(prompt)
     commit = np.full((context, len(Commit)), -1, np.int32)
     commit[:, Commit.ROW] = np.arange(context)
-    source = int(prompt.rows[-1, Row.OWNER])
-    everywhere = (prompt.rows[:, Row.REPLICAS] == (1 << config.parallel.lp) - 1).all()
-    commit[:, Commit.SOURCE] = -1 if everywhere else source
+    commit[:, Commit.SOURCE] = 0 if config.parallel.lp > 1 else -1
     first = plan([-1], context, Choose.SAMPLE)
     first.commits = commit
     executor.execute(first)
 
-    def timed(count: int) -> float:
-        step = plan([-1, *((row - 1) // 2 for row in range(1, count))], context, Choose.SAMPLE)
+    def timed(count: int, replicas: int) -> float:
+        step = plan([-1, *((row - 1) // 2 for row in range(1, count))], context, Choose.SAMPLE, replicas)
         began = time.perf_counter()
         executor.execute(step)
         return time.perf_counter() - began
 
-    seconds: dict[int, list[float]] = {}
+    ways = [config.parallel.lp, 1] if config.parallel.lp > 1 else [1]
+    seconds: dict[int, list[list[float]]] = {}
     spent = 0.0
     for count in (count for count in grid if count <= max_rows):
-        timed(count)  # the first of a shape makes kernels
-        seconds[count] = [timed(count)]
-        spent += seconds[count][0]
+        for replicas in ways:
+            timed(count, replicas)  # the first of a shape makes kernels
+        seconds[count] = [[timed(count, replicas)] for replicas in ways]
+        spent += sum(times[0] for times in seconds[count])
         if spent * rounds > BUDGET_S and len(seconds) >= 2:
             break
     for _ in range(rounds - 1):
-        for count, times in seconds.items():
-            times.append(timed(count))
-    return CostCurve(tuple(seconds), tuple(map(median, seconds.values())), time.strftime("%Y-%m-%d %H:%M:%S"))
+        for count, found in seconds.items():
+            for replicas, times in zip(ways, found, strict=True):
+                times.append(timed(count, replicas))
+    shared, *alone = (tuple(median(found[way]) for found in seconds.values()) for way in range(len(ways)))
+    return CostCurve(tuple(seconds), shared, time.strftime("%Y-%m-%d %H:%M:%S"), *alone)
 
 
 def stored(config: Config, spec: ModelSpec) -> CostCurve | None:
     """The curve kept for this machine, model, mesh and dtype, if there is one."""
     try:
         record = json.loads(_place(config, spec).read_text())
-        return CostCurve(tuple(record["rows"]), tuple(record["seconds"]), record["measured_at"])
-    except (OSError, ValueError, KeyError):
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        return CostCurve(**fields)
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -195,7 +216,7 @@ def measured(
 def _has_drifted(curve: CostCurve, check: CostCurve) -> bool:
     """Whether the costs of steps, relative to each other, are not those of the curve any more."""
     expected = curve.table(max(check.rows))[list(check.rows)]
-    ratios = np.array(check.seconds) / expected
+    ratios = check.table(max(check.rows))[list(check.rows)] / expected
     return bool(ratios.max() / ratios.min() > TOLERATED)
 
 

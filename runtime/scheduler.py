@@ -196,18 +196,19 @@ class Scheduler:
                     step.tree.fill(room)
         if beds:
             planner.grow(beds, sum(len(step.rows) for _, step in steps), self.cost.seconds)
-        return self._assembled(steps)
+        num_rows = sum(len(step.rows) for _, step in steps)
+        return self._assembled(steps, self.config.parallel.lp if not beds or self.cost.shares[num_rows] else 1)
 
-    def _assembled(self, steps: list[tuple[Sequence, StepRows]]) -> Step:
+    def _assembled(self, steps: list[tuple[Sequence, StepRows]], num_replicas: int) -> Step:
         parts: list[Part] = []
         start = 0
         for sequence, step in steps:
             parts.append(Part(sequence, step.rows, start))
             start += len(step.rows)
         is_decoding = all(step.num_chain == 1 for _, step in steps)
-        return Step(self._assemble(parts), parts, is_decoding)
+        return Step(self._assemble(parts, num_replicas), parts, is_decoding)
 
-    def _assemble(self, parts: list[Part]) -> StepPlan:
+    def _assemble(self, parts: list[Part], num_replicas: int) -> StepPlan:
         rows = np.zeros((sum(len(part.rows) for part in parts), len(Row)), np.int32)
         parents: list[int] = []
         for part in parts:
@@ -216,7 +217,7 @@ class Scheduler:
             block[:, Row.SLOT], block[:, Row.CHOOSE] = part.sequence.slot, part.rows.choose
             parents += [parent + part.start if parent >= 0 else -1 for parent in part.rows.parents]
         rows[:, Row.PARENT] = parents
-        rows[:, Row.OWNER], rows[:, Row.REPLICAS] = partition(parents, self.config.parallel.lp)
+        rows[:, Row.OWNER], rows[:, Row.REPLICAS] = partition(parents, num_replicas)
         commits = [self._commits[slot] for slot in sorted(self._commits)]
         plan = StepPlan(rows, np.stack([_parameters(part.sequence) for part in parts]))
         if commits:
