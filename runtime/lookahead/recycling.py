@@ -12,7 +12,7 @@ MAX_ORDER = 3
 """Most tokens of context that a table is keyed by."""
 
 MAX_CONTEXTS = 1 << 16
-"""Contexts kept per table, about 25 MB of Python objects each; the one not updated for longest goes first."""
+"""Contexts kept per table, some 100 MiB for the three when full; the one not updated for longest goes first."""
 
 
 Likeliest = Sequence[tuple[int, int]]

@@ -64,7 +64,7 @@ class JacobiSource(Source):
         super().__init__(config, prompt, first_feature, table)
         self.pool = NgramPool(config.ngram_size, config.guess_set_size)
         self._prompt = prompt
-        self.window: Window | None = Window(config.window_size, config.ngram_size, prompt)
+        self.window = None if config.planner else Window(config.window_size, config.ngram_size, prompt)
         self._needs_window = config.planner and "suffix" in config.sources
         """Without one its n-grams are the text's own, and `suffix` knows longer ones."""
         self._laid_out = False
