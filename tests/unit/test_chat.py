@@ -292,7 +292,8 @@ def test_backends_converse_alike(model, kind):
         conversation.close()
         assert backend.cache_info().num_sessions == 0
         third = backend.converse()
-        assert [c.text for c in third.ask("abc", sampling=sampling)] == [c.text for c in first]
+        # In fewer steps, perhaps: what the first answer taught is known.
+        assert "".join(c.text for c in third.ask("abc", sampling=sampling)) == "".join(c.text for c in first)
         third.close()
     finally:
         backend.close()

@@ -444,7 +444,10 @@ def test_try_settings_become_methods(tmp_path: Path):
         first, second = ([method.run([10, 11, 12]) for method in methods] for _ in range(2))
         assert {run.token_ids for run in (*first, *second)} == {first[0].token_ids} and len(first[0].token_ids) == 24
         steps = [[run.completion.usage.num_steps for run in runs if run.completion] for runs in (first, second)]
-        assert steps[0] == steps[1], "no answer teaches the next"
+        assert steps[0][0] == steps[1][0] == 24 and steps[1][1] < steps[0][1] and steps[1][2] < steps[0][2]
+        fresh = outrider_methods(engine, 24, ["one=planner:false,row_budget:40,sources:recycle"])[-1]
+        alone = fresh.run([10, 11, 12]).completion
+        assert alone and alone.usage.num_steps == steps[0][2], "methods teach themselves only"
 
 
 def test_hugging_face_is_measured_in_both_dtypes_unless_told():
