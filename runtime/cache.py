@@ -17,7 +17,10 @@ import torch
 
 from runtime.device import upload
 from runtime.errors import ConfigError
+from runtime.mesh import Mesh
 from runtime.model.rotary import Rotary
+from runtime.model.shard import HeadShard
+from runtime.model.spec import ModelSpec
 from runtime.retention import Compaction, LayerGroup
 
 
@@ -183,6 +186,29 @@ class KVCache:
     def _read(self, slot: int, rows: Sequence[int]) -> torch.Tensor:
         index = upload(np.asarray(rows, np.int64), self.device)
         return self.buffer[slot].index_select(3, index)
+
+
+class CacheMaker:
+    """What decoders of all kernels have in common: caches for their share of the heads."""
+
+    spec: ModelSpec
+    mesh: Mesh
+    dtype: torch.dtype
+    heads: HeadShard
+    rotary: Rotary
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K, which this rank's KV caches are made for."""
+        return self.heads.num_kv_heads
+
+    def make_caches(self, groups: Sequence[LayerGroup], num_slots: int, max_staged: int) -> tuple[KVCache, ...]:
+        """Empty caches, one per group of layers that keep the same tokens. Raises ConfigError without memory for them.
+
+        `max_staged`: most rows of one sequence in one step.
+        """
+        kinds = self.num_kv_heads, self.spec.head_dim, max_staged, self.rotary, self.dtype, self.mesh.device
+        return tuple(KVCache(group, num_slots, *kinds) for group in groups)
 
 
 def _num_in_place(rows: Sequence[int]) -> int:

@@ -95,14 +95,13 @@ class MeshExecutor:
     def execute(self, plan: StepPlan) -> StepResult:
         started = time.perf_counter()
         self._layout.encode(plan, self._plan.numpy())
-        results = [torch.empty(0, dtype=torch.int32)]
+        words = result_words(plan, self._config.parallel.lp)
+        results = [torch.zeros(words, dtype=torch.int32) for _ in range(1 + self._config.parallel.lp)]
         try:
             dist.broadcast(self._plan, src=0, group=self._control.plan_group)
             sent = time.perf_counter()
             if plan.stop:
                 return StepResult(np.empty(0, np.int32), np.empty((0, 0), np.int32), {})
-            words = result_words(plan, self._config.parallel.lp)
-            results = [torch.zeros(words, dtype=torch.int32) for _ in range(1 + self._config.parallel.lp)]
             dist.gather(results[0], results, dst=0, group=self._control.result_group)
         except RuntimeError as error:
             raise WorkerError(f"a step failed: {self._pool.failure() or error}") from error

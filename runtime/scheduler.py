@@ -194,12 +194,11 @@ class Scheduler:
                     beds.append(Bed(step.tree, room))
                 else:
                     step.tree.fill(room)
+        num_replicas = self.config.parallel.lp
         if beds:
             planner.grow(beds, sum(len(step.rows) for _, step in steps), self.cost.seconds)
-        num_rows = sum(len(step.rows) for _, step in steps)
-        return self._assembled(steps, self.config.parallel.lp if not beds or self.cost.shares[num_rows] else 1)
-
-    def _assembled(self, steps: list[tuple[Sequence, StepRows]], num_replicas: int) -> Step:
+            if not self.cost.shares[sum(len(step.rows) for _, step in steps)]:
+                num_replicas = 1
         parts: list[Part] = []
         start = 0
         for sequence, step in steps:

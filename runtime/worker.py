@@ -50,7 +50,8 @@ class Worker:
     def step(self, plan: StepPlan) -> Int32:
         """Commit, run this replica's rows, and return per row the token it chose (-1: none) and, packed, the likeliest
         ones. [T local, 1 + top_k]"""
-        chosen = np.zeros((len(local := plan.local_rows(self.mesh.replica)), 1 + plan.top_k), np.int32)
+        local = plan.local_rows(self.mesh.replica)
+        chosen = np.zeros((len(local), 1 + plan.top_k), np.int32)
         if not plan.num_rows:
             return chosen  # a heartbeat: what is staged stays staged
         self._commit(plan)

@@ -46,14 +46,11 @@ class SequenceRows:
             tails.append(((*tails[parent], token) if parent >= 0 else (*before, token))[-length:])
         return tails
 
-    def add_chain(self, tokens: list[int], reaches_end: bool, choose: Choose = Choose.NOTHING) -> None:
-        """The tokens that are not cached yet; with `reaches_end` the last one is the current token.
-
-        `choose`: what the logits of the others are for.
-        """
+    def add_chain(self, tokens: list[int], reaches_end: bool) -> None:
+        """The tokens that are not cached yet; with `reaches_end` the last one is the current token."""
         parent = -1
         for token in tokens:
-            parent = self.add(token, parent, choose)
+            parent = self.add(token, parent, Choose.NOTHING)
         if reaches_end:
             self.root = parent
             self.choose[parent] = Choose.SAMPLE

@@ -15,7 +15,6 @@ from runtime.lookahead.rows import TAIL, SequenceRows
 from runtime.lookahead.tree import CandidateTree
 from runtime.request import FinishReason, Request, Usage
 from runtime.retention import Ledger
-from runtime.step import Choose
 
 HISTORY = 1 << 14
 """Tokens of the text that candidate sources are sure to know; an endless text is forgotten beyond twice as many."""
@@ -108,8 +107,7 @@ class Sequence:
         rows = SequenceRows(first_position=self.num_cached)
         horizon = self.ledger.horizon
         chain = self._uncached(min(max_chain, horizon - self.num_cached))
-        learn = Choose.NOTHING
-        rows.add_chain(chain, reaches_end=len(chain) == self.num_uncached, choose=learn)
+        rows.add_chain(chain, reaches_end=len(chain) == self.num_uncached)
         start = self.num_cached - self._num_forgotten
         self._step = StepRows(rows, len(chain), tuple(self.text[max(start - TAIL, 0) : start]))
         missing = self.request.sampling.max_new_tokens - self.usage.num_new_tokens

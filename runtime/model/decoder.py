@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.cache import KVCache
+from runtime.cache import CacheMaker, KVCache
 from runtime.mesh import Mesh
 from runtime.model.attention import RowBatch, StepAttention, Views
 from runtime.model.layers import GatedMLP, Linear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
 from runtime.model.rotary import Rotary
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
-from runtime.retention import LayerGroup
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class DecoderLayer:
 
 
 @dataclass(frozen=True)
-class Decoder:
+class Decoder(CacheMaker):
     """Runs rows against KV caches. Every rank of the TP group calls it with the same batch."""
 
     spec: ModelSpec
@@ -45,19 +44,6 @@ class Decoder:
     norm: RMSNorm
     head: Linear
     rotary: Rotary
-
-    @property
-    def num_kv_heads(self) -> int:
-        """K, which this rank's KV caches are made for."""
-        return self.heads.num_kv_heads
-
-    def make_caches(self, groups: Sequence[LayerGroup], num_slots: int, max_staged: int) -> tuple[KVCache, ...]:
-        """Empty caches, one per group of layers that keep the same tokens. Raises ConfigError without memory for them.
-
-        `max_staged`: most rows of one sequence in one step.
-        """
-        kinds = self.num_kv_heads, self.spec.head_dim, max_staged, self.rotary, self.dtype, self.mesh.device
-        return tuple(KVCache(group, num_slots, *kinds) for group in groups)
 
     @torch.inference_mode()
     def forward(self, batch: RowBatch, caches: Sequence[KVCache]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from runtime.cache import KVCache
+from runtime.cache import CacheMaker, KVCache
 from runtime.mesh import Mesh
 from runtime.model.attention import RowBatch, Segment
 from runtime.model.layers import VocabParallelEmbedding
@@ -20,7 +20,6 @@ from runtime.model.native.build import available, library
 from runtime.model.rotary import Rotary
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
-from runtime.retention import LayerGroup
 
 if TYPE_CHECKING:
     from runtime.model.loader import LayerWeights
@@ -88,7 +87,7 @@ def obstacle(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> str |
     return None if works else reason
 
 
-class NativeDecoder:
+class NativeDecoder(CacheMaker):
     """Does what runtime.model.decoder.Decoder does, with the same surface.
 
     A row's result is the same, bit for bit, whatever other rows are in the step, however many threads there are, and
@@ -130,19 +129,6 @@ class NativeDecoder:
             norm=self._vector(norm),
             head=self._matrix(head),
         )
-
-    @property
-    def num_kv_heads(self) -> int:
-        """K, which this rank's KV caches are made for."""
-        return self.heads.num_kv_heads
-
-    def make_caches(self, groups: Sequence[LayerGroup], num_slots: int, max_staged: int) -> tuple[KVCache, ...]:
-        """Empty caches, one per group of layers that keep the same tokens. Raises ConfigError without memory for them.
-
-        `max_staged`: most rows of one sequence in one step.
-        """
-        kinds = self.num_kv_heads, self.spec.head_dim, max_staged, self.rotary, self.dtype, self.mesh.device
-        return tuple(KVCache(group, num_slots, *kinds) for group in groups)
 
     @torch.inference_mode()
     def forward(self, batch: RowBatch, caches: Sequence[KVCache]) -> torch.Tensor:
@@ -219,7 +205,6 @@ class NativeDecoder:
         """The address of a contiguous copy that lives as long as this decoder."""
         self._alive.append(tensor.contiguous())
         return self._alive[-1].data_ptr()
-
 
     def _kept_in_huge_pages(self, tensor: torch.Tensor) -> int:
         """The same, in pages of 2 MiB where the system gives them: a step reads all weights, and looking up the
