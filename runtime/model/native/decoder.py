@@ -57,7 +57,8 @@ class _Segment(Structure):
         ("count", c_int64),
         ("slot", c_void_p),
         *((name, c_int64) for name in ("layer_stride", "side_stride", "head_stride", "num_stored", "num_anchors")),
-        *((name, c_void_p) for name in ("anchor_turns", "sees", "offsets", "members")),
+        *((name, c_void_p) for name in ("anchor_turns", "stored", "own")),
+        *((name, c_int64) for name in ("stored_stride", "own_stride")),
     ]
 
 
@@ -266,15 +267,11 @@ class _Places:
             return
         stored, own = sees[:, : found.num_stored], sees[:, found.num_stored :]
         count = found.count
-        if np.count_nonzero(segment.ancestors) == count * (count + 1) // 2:  # a chain
-            hides = not (stored.all() and np.array_equal(own, segment.ancestors))
-        else:
-            hides = not stored.all()
-            rows, members = own.nonzero()
-            offsets = np.searchsorted(rows, np.arange(count + 1))
-            found.offsets, found.members = self._address(offsets), self._address(members)
-        if hides:
-            found.sees = self._address(sees)
+        is_chain = np.count_nonzero(segment.ancestors) == count * (count + 1) // 2
+        if not (is_chain and np.array_equal(own, segment.ancestors)):
+            found.own, found.own_stride = self._address(own), count
+        if not stored.all():
+            found.stored, found.stored_stride = self._address(stored), found.num_stored
 
     def _address(self, array: np.ndarray) -> int:
         self.alive.append(array := np.ascontiguousarray(array))

@@ -24,6 +24,10 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -61,10 +65,9 @@ struct Segment {
     int64_t num_stored;
     int64_t num_anchors;        // stored tokens, the first ones, for which queries are turned by anchor_turns
     const float* anchor_turns;  // [count, d]
-    const uint8_t* sees;        // [count, num_stored + count], or null: every stored token is seen
-    // Which of the segment's rows each row sees, itself included: members[offsets[row]] to members[offsets[row + 1] - 1],
-    // ascending. Null in a chain, where staged rows are columns like the stored ones, and a row sees those up to itself.
-    const int64_t *offsets, *members;
+    const uint8_t *stored, *own;  // what each row sees of the stored tokens (null: all), of the segment's rows (null:
+                                  // those up to itself)
+    int64_t stored_stride, own_stride;  // from row to row
 };
 
 struct Place {  // of a layer
@@ -223,49 +226,150 @@ class Barrier {
     }
 };
 
+// ---- The matrix unit -------------------------------------------------------------------------------------------
+
+constexpr int MOST_ROWS = 32;  // of a tile, on any machine
+
+#if defined(__AMX_BF16__)
+// Tiles 0 to 3 are sums (rows 0 to 15 times two vectors, rows 16 to 31), 4 and 5 inputs, 6 and 7 weights.
+struct TileShapes {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {};
+};
+
+// Linux lends the unit's registers to processes that ask for them.
+bool ask_for_matrix_unit() {
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+const bool MATRIX_UNIT = ask_for_matrix_unit();
+
+thread_local int64_t rows_in_use = 0;
+
+// Shape this thread's tiles for so many rows, 1 to 32
+INLINE void use_rows(int64_t rows) {
+    if (rows == rows_in_use) return;
+    const uint8_t low = std::min<int64_t>(rows, LANES), high = std::max<int64_t>(rows - LANES, 1);
+    TileShapes shapes;
+    for (int sums : {0, 1, 4}) shapes.rows[sums] = low;
+    for (int sums : {2, 3, 5}) shapes.rows[sums] = high;
+    shapes.rows[6] = shapes.rows[7] = LANES;
+    _tile_loadconfig(&shapes);
+    rows_in_use = rows;
+}
+
+// A thread that keeps its tiles makes every switch to another one dearer.
+INLINE void release_matrix_unit() {
+    if (rows_in_use) _tile_release();
+    rows_in_use = 0;
+}
+#else
+constexpr bool MATRIX_UNIT = false;
+INLINE void release_matrix_unit() {}
+#endif
+
 // ---- Products --------------------------------------------------------------------------------------------------
 
 // Words from one row of a product's input to the next: an odd number of cache lines keeps rows in different sets
 INLINE int64_t row_words(const Matrix& m) { return round_up(m.depth, 2 * LANES) + LANES; }
 
-// R rows times one panel. `ahead` is fetched meanwhile, `stride` bytes per word: the panel that comes next.
-template <class E, int R>
+// R rows times a panel of V vectors of outputs. `ahead` is fetched meanwhile, `stride` bytes per word: what comes next.
+template <class E, int V, int R>
 void tile(const uint32_t* panel, const uint32_t* x, int64_t x_stride, int64_t depth, const char* ahead, int64_t stride,
-          Vec (*sums)[2]) {
-    Vec sum[R][2] = {};
-    for (int64_t word = 0; word < depth; ++word, panel += PANEL, ahead += stride) {
-        const Words low = load<Words>(panel), high = load<Words>(panel + LANES);
-        if (R > 4) __builtin_prefetch(ahead, 0, 2), __builtin_prefetch(ahead + 64, 0, 2);
+          Vec (*sums)[V]) {
+    Vec sum[R][V] = {};
+    for (int64_t word = 0; word < depth; ++word, panel += V * LANES, ahead += stride) {
+        Words weights[V];
+        for (int v = 0; v < V; ++v) weights[v] = load<Words>(panel + v * LANES);
+        if (R > 4 && stride) __builtin_prefetch(ahead, 0, 2), __builtin_prefetch(ahead + 64, 0, 2);
 #pragma GCC unroll 16
-        for (int row = 0; row < R; ++row) {
-            const uint32_t input = x[row * x_stride + word];
-            sum[row][0] = multiply_add<E>(sum[row][0], low, input);
-            sum[row][1] = multiply_add<E>(sum[row][1], high, input);
-        }
+        for (int row = 0; row < R; ++row)
+            for (int v = 0; v < V; ++v)
+                sum[row][v] = multiply_add<E>(sum[row][v], weights[v], x[row * x_stride + word]);
     }
-    for (int row = 0; row < R; ++row) sums[row][0] = sum[row][0], sums[row][1] = sum[row][1];
+    for (int row = 0; row < R; ++row)
+        for (int v = 0; v < V; ++v) sums[row][v] = sum[row][v];
 }
 
-template <class E, int R = TILE>
-INLINE void any_tile(int64_t rows, const uint32_t* panel, const uint32_t* x, int64_t x_stride, int64_t depth,
-                     const char* ahead, int64_t stride, Vec (*sums)[2]) {
+template <class E, int V, int R = TILE>
+INLINE void vector_tile(int64_t rows, const uint32_t* panel, const uint32_t* x, int64_t x_stride, int64_t depth,
+                        const char* ahead, int64_t stride, Vec (*sums)[V]) {
     if constexpr (R > 1)
-        if (rows < R) return any_tile<E, R - 1>(rows, panel, x, x_stride, depth, ahead, stride, sums);
-    tile<E, R>(panel, x, x_stride, depth, ahead, stride, sums);
+        if (rows < R) return vector_tile<E, V, R - 1>(rows, panel, x, x_stride, depth, ahead, stride, sums);
+    tile<E, V, R>(panel, x, x_stride, depth, ahead, stride, sums);
+}
+
+#if defined(__AMX_BF16__)
+// The same on the matrix unit, 16 words and up to 32 rows at a time. What it adds up for a row depends on that row only.
+template <int V>
+void matrix_tile(int64_t rows, const uint32_t* panel, const uint32_t* x, int64_t x_stride, int64_t depth,
+                 const char* ahead, int64_t stride, Vec (*sums)[V]) {
+    constexpr int BYTES = V * LANES * 4;  // of a word of the panel, and of a row of sums
+    use_rows(rows);
+    const bool two = rows > LANES;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t word = 0; word < depth; word += LANES) {
+        for (int64_t line = 0; line < LANES * stride; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+        ahead += LANES * stride;
+        _tile_loadd(6, panel + word * V * LANES, BYTES);
+        _tile_loadd(4, x + word, x_stride * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (V > 1) {
+            _tile_loadd(7, panel + word * V * LANES + LANES, BYTES);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (two) {
+            _tile_loadd(5, x + LANES * x_stride + word, x_stride * 4);
+            _tile_dpbf16ps(2, 5, 6);
+            if constexpr (V > 1) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, BYTES);
+    if constexpr (V > 1) _tile_stored(1, &sums[0][1], BYTES);
+    if (two) _tile_stored(2, sums + LANES, BYTES);
+    if constexpr (V > 1)
+        if (two) _tile_stored(3, &sums[LANES][1], BYTES);
+}
+#endif
+
+// Which of the two does a product; it depends on nothing but the model and the machine.
+template <class E>
+INLINE bool suits_matrix_unit(int64_t depth) {
+    return std::is_same_v<E, BF16> && MATRIX_UNIT && depth % LANES == 0;
+}
+
+// Most rows that `any_tile` takes
+template <class E>
+INLINE int64_t tile_rows(int64_t depth) {
+    return suits_matrix_unit<E>(depth) ? MOST_ROWS : TILE;
+}
+
+template <class E, int V>
+INLINE void any_tile(int64_t rows, const uint32_t* panel, const uint32_t* x, int64_t x_stride, int64_t depth,
+                     const char* ahead, int64_t stride, Vec (*sums)[V]) {
+#if defined(__AMX_BF16__)
+    if (suits_matrix_unit<E>(depth)) return matrix_tile<V>(rows, panel, x, x_stride, depth, ahead, stride, sums);
+#endif
+    vector_tile<E, V>(rows, panel, x, x_stride, depth, ahead, stride, sums);
 }
 
 // x [rows, in] times the matrix; finish(row, panel, sums) takes 32 outputs of a row at a time.
 template <class E, class Finish>
 INLINE void product(const Matrix& m, const void* x, int64_t rows, Finish finish) {
     const Range mine = share(m.panels);
-    const int64_t tiles = (rows + TILE - 1) / TILE, stride = row_words(m), words = m.depth * PANEL;
+    const int64_t most = tile_rows<E>(m.depth), tiles = (rows + most - 1) / most;
+    const int64_t stride = row_words(m), words = m.depth * PANEL;
     for (int64_t panel = mine.start; panel < mine.stop; ++panel)
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
-            Vec sums[TILE][2];
+            Vec sums[MOST_ROWS][2];
             const uint32_t* weights = m.words + panel * words;
             const char* ahead = (const char*)(weights + words) + t * (words * 4 / tiles);
-            any_tile<E>(count, weights, (const uint32_t*)x + first * stride, stride, m.depth, ahead, 128 / tiles, sums);
+            any_tile<E, 2>(count, weights, (const uint32_t*)x + first * stride, stride, m.depth, ahead, 128 / tiles, sums);
             for (int64_t row = 0; row < count; ++row) finish(first + row, panel, sums[row]);
         }
 }
@@ -315,8 +419,9 @@ void norm(const Model& model, int64_t rows, float* hidden, const float* partial,
 // ---- Attention -------------------------------------------------------------------------------------------------
 
 // Queries [K, T, G, d], so that those of a KV head stand together
+template <class E>
 struct Queries {
-    float *turned, *anchored;  // at the row's position; at its slot
+    E *turned, *anchored;  // at the row's position; at its slot
 };
 
 // Pairs (re, im) times pairs (cosine, sine)
@@ -340,27 +445,30 @@ INLINE void normalize_head(float* head, const float* weight, int64_t head_dim, f
 // Norm and rotation of one head's row: queries go to `queries`, keys and values behind the stored ones in the cache.
 template <class E>
 void place_head(const Model& model, const Layer& layer, const Step& step, const Segment& segment, int64_t index,
-                int64_t row, int64_t head, float* values, const Queries& queries, std::vector<float>& buffer) {
+                int64_t row, int64_t head, float* values, const Queries<E>& queries, float* buffer) {
     const int64_t H = model.num_heads, K = model.num_kv_heads, G = H / K, d = model.head_dim, T = step.num_rows;
     const int64_t at = segment.start + row;
+    const auto put = [d](const float* from, E* to) {
+        for (int64_t i = 0; i < d; i += LANES) narrow(widen(from + i, d - i), to + i, d - i);
+    };
     if (layer.head_norm && head < H + K) normalize_head(values, layer.head_norm + head * d, d, (float)model.eps);
     if (head < H) {
         const int64_t to = ((head / G * T + at) * G + head % G) * d;
-        turn(values, step.query_turns + at * d, d, queries.turned + to);
-        if (segment.num_anchors) turn(values, segment.anchor_turns + row * d, d, queries.anchored + to);
+        turn(values, step.query_turns + at * d, d, buffer);
+        put(buffer, queries.turned + to);
+        if (segment.num_anchors) turn(values, segment.anchor_turns + row * d, d, buffer), put(buffer, queries.anchored + to);
         return;
     }
     const bool is_value = head >= H + K;
     E* to = (E*)segment.slot + index * segment.layer_stride + is_value * segment.side_stride +
             (head - H - is_value * K) * segment.head_stride + (segment.num_stored + row) * d;
-    if (!is_value) turn(values, step.key_turns + at * d, d, buffer.data());
-    const float* from = is_value ? values : buffer.data();
-    for (int64_t i = 0; i < d; i += LANES) narrow(widen(from + i, d - i), to + i, d - i);
+    if (!is_value) turn(values, step.key_turns + at * d, d, buffer);
+    put(is_value ? values : buffer, to);
 }
 
 template <class E>
 void place_heads(const Model& model, const Layer& layer, const Step& step, const Place& place, float* qkv,
-                 const Queries& queries) {
+                 const Queries<E>& queries) {
     const int64_t heads = model.num_heads + 2 * model.num_kv_heads, d = model.head_dim;
     std::vector<float> buffer(d);
     for (int64_t s = 0; s < step.num_segments; ++s) {
@@ -369,7 +477,7 @@ void place_heads(const Model& model, const Layer& layer, const Step& step, const
         for (int64_t unit = mine.start; unit < mine.stop; ++unit) {
             const int64_t row = unit / heads, head = unit % heads;
             float* values = qkv + (segment.start + row) * layer.qkv.panels * PANEL + head * d;
-            place_head<E>(model, layer, step, segment, place.index, row, head, values, queries, buffer);
+            place_head<E>(model, layer, step, segment, place.index, row, head, values, queries, buffer.data());
         }
     }
 }
@@ -393,220 +501,201 @@ INLINE void exchange(Vec* v) {
     }
 }
 
-// Up to 16 rows of the cache as floats
-template <class E>
-struct Block {
-    const E* rows[LANES];
-    int64_t count;
-
-    // [d][16 rows]; missing rows are 0. What changes places is words, of one float or two bfloat16.
-    void transpose(int64_t head_dim, Vec* to) const {
-        const int64_t words = head_dim * sizeof(E) / 4;
+// [rows, words] -> [words][V * 16 rows], the missing rows 0: a panel
+template <int V>
+INLINE void make_panel(const uint32_t* from, int64_t rows, int64_t words, uint32_t* to) {
+    for (int64_t first = 0; first < V * LANES; first += LANES)
         for (int64_t i = 0; i < words; i += LANES) {
             Vec v[LANES] = {};
-            for (int64_t row = 0; row < count; ++row) v[row] = widen((const float*)rows[row] + i, words - i);
+            for (int64_t row = first; row < std::min(rows, first + LANES); ++row)
+                v[row - first] = widen((const float*)from + row * words + i, words - i);
             exchange<8>(v), exchange<4>(v), exchange<2>(v), exchange<1>(v);
-            for (int64_t k = 0; k < std::min<int64_t>(LANES, words - i); ++k) {
-                if constexpr (std::is_same_v<E, float>) {
-                    *to++ = v[k];
-                } else {
-                    *to++ = (Vec)((Words)v[k] << 16);
-                    *to++ = (Vec)((Words)v[k] & 0xffff0000u);
-                }
-            }
+            for (int64_t k = 0; k < std::min<int64_t>(LANES, words - i); ++k)
+                std::memcpy(to + (i + k) * V * LANES + first, &v[k], sizeof(Vec));
+        }
+}
+
+// sums[n][f] += weights[i][n] * values[i][f], over i in order, for N queries and F vectors of features
+template <int N, int F>
+void weigh_tile(const float* weights, int64_t weight_stride, const float* values, int64_t value_stride, int64_t count,
+                float* sums, int64_t sum_stride) {
+    Vec sum[N][F];
+    for (int n = 0; n < N; ++n)
+        for (int f = 0; f < F; ++f) sum[n][f] = widen(sums + n * sum_stride + f * LANES);
+    for (int64_t i = 0; i < count; ++i) {
+        Vec value[F];
+        for (int f = 0; f < F; ++f) value[f] = widen(values + i * value_stride + f * LANES);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            const Vec weight = splat<Vec>(weights[i * weight_stride + n]);
+            for (int f = 0; f < F; ++f) sum[n][f] = fma(weight, value[f], sum[n][f]);
         }
     }
-
-    // [d / 16][16 rows][16 features], and behind the last feature a 1, whose weighted sum is the sum of weights
-    void append_one(int64_t head_dim, Vec* to) const {
-        for (int64_t i = 0; i <= head_dim; i += LANES)
-            for (int64_t row = 0; row < LANES; ++row, ++to) {
-                *to = row < count && i < head_dim ? widen(rows[row] + i, head_dim - i) : Vec{};
-                if (head_dim - i < LANES) *to = select(LANE == (int32_t)(head_dim - i), splat<Vec>(1.0f), *to);
-            }
-    }
-};
-
-// sums[n * sum_stride] += factors[n][i] * vectors[i], over i in order, for N rows of factors
-template <int N>
-void accumulate(const float* factors, int64_t factor_stride, const Vec* vectors, int64_t count, Vec* sums,
-                int64_t sum_stride) {
-    Vec sum[N];
-    for (int n = 0; n < N; ++n) sum[n] = sums[n * sum_stride];
-    for (int64_t i = 0; i < count; ++i)
-#pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) sum[n] = fma(splat<Vec>(factors[n * factor_stride + i]), vectors[i], sum[n]);
-    for (int n = 0; n < N; ++n) sums[n * sum_stride] = sum[n];
+    for (int n = 0; n < N; ++n)
+        for (int f = 0; f < F; ++f) narrow(sum[n][f], sums + n * sum_stride + f * LANES);
 }
 
-template <int N = 8>
-void accumulate_rows(int64_t rows, const float* factors, int64_t factor_stride, const Vec* vectors, int64_t count,
-                     Vec* sums, int64_t sum_stride) {
+template <int F, int N = 6>
+INLINE void weigh_queries(int64_t queries, const float* weights, int64_t weight_stride, const float* values,
+                          int64_t value_stride, int64_t count, float* sums) {
+    for (; queries >= N; queries -= N, weights += N, sums += N * value_stride)
+        weigh_tile<N, F>(weights, weight_stride, values, value_stride, count, sums, value_stride);
     if constexpr (N > 1)
-        if (rows < N) return accumulate_rows<N - 1>(rows, factors, factor_stride, vectors, count, sums, sum_stride);
-    for (; rows >= N; rows -= N, factors += N * factor_stride, sums += N * sum_stride)
-        accumulate<N>(factors, factor_stride, vectors, count, sums, sum_stride);
-    if (rows > 0) accumulate_rows<N>(rows, factors, factor_stride, vectors, count, sums, sum_stride);
+        if (queries) weigh_queries<F, N - 1>(queries, weights, weight_stride, values, value_stride, count, sums);
 }
 
-// The attention of some rows of a segment over one KV head. The keys are the columns that the rows share, and then,
-// in a tree, each row's own ancestors among the staged rows, itself the last: the order of positions for every row.
-template <class E>
+// Some queries of a segment, at most V * 16, over one KV head: first to stop - 1 of those [count * G] that it has.
+// The columns are the stored keys, and behind them those of the staged rows that any of these rows sees: the order of
+// positions for every row.
+template <class E, int V>
 struct HeadAttention {
+    static constexpr int64_t WIDTH = V * LANES;  // of a column's scores, one per query
+    static constexpr int64_t BLOCK = 32;         // columns whose values are widened at a time
+
     const Model& model;
     const Segment& segment;
-    const int64_t first, stop;  // rows of the segment
-    const E *keys, *values;
-    const float *queries, *anchored;  // [rows * G, d]
-    const int64_t d = model.head_dim, G = model.num_heads / model.num_kv_heads, num_queries = (stop - first) * G;
-    const int64_t shared = segment.num_stored + (segment.offsets ? 0 : stop);
-    const int64_t shared_width = round_up(shared, LANES);
-    int64_t width = shared_width;  // of a query's scores
-    Vec *block = nullptr, *found = nullptr, *by_slot = nullptr, *sums = nullptr, *scores = nullptr;  // scratch memory
+    const int64_t first, stop;
+    const E *keys, *values;      // of the slot, the staged ones included
+    const E *turned, *anchored;  // [stop - first, d]
+    const int64_t d = model.head_dim, G = model.num_heads / model.num_kv_heads;
+    const int64_t n = segment.num_stored, first_row = first / G, stop_row = (stop - 1) / G + 1;
+    const int64_t words = d * sizeof(E) / 4, features = round_up(d, LANES);
 
     void run(E* out, int64_t out_stride) {
-        const int64_t features = d / LANES + 1;  // the 1 behind them included
-        for (int64_t row = first; segment.offsets && row < stop; ++row)
-            width = std::max(width, shared_width + round_up(own(row), LANES));
-        const int64_t block_size = std::max(d, features * LANES);
+        static thread_local std::vector<int64_t> seen;  // staged rows
+        static thread_local std::vector<E> copies;      // their keys and values
+        const E *staged_keys = keys + n * d, *staged_values = values + n * d;
+        int64_t num_staged = stop_row;
+        if (segment.own) {
+            find_seen(seen);
+            num_staged = seen.size();
+            copies.resize(2 * num_staged * d);
+            for (int64_t i = 0; i < num_staged; ++i) {
+                std::copy_n(staged_keys + seen[i] * d, d, &copies[i * d]);
+                std::copy_n(staged_values + seen[i] * d, d, &copies[(num_staged + i) * d]);
+            }
+            staged_keys = copies.data(), staged_values = staged_keys + num_staged * d;
+        }
+
+        const int64_t columns = n + num_staged;
         static thread_local std::vector<Vec> memory;
-        const size_t needed = block_size + num_queries * (2 + features + width / LANES);
+        const size_t needed = columns * V + words * V + (BLOCK + WIDTH) * features / LANES;
         if (memory.size() < needed) memory.resize(needed);
-        block = memory.data();
-        found = block + block_size;
-        by_slot = found + num_queries;
-        sums = by_slot + num_queries;
-        scores = sums + num_queries * features;
-        score();
-        for (int64_t query = 0; query < num_queries; ++query) soften(scores + query * width / LANES);
-        std::fill_n(sums, num_queries * features, Vec{});
-        weigh(features);
-        for (int64_t query = 0; query < num_queries; ++query) {
-            const Vec* sum = sums + query * features;
-            const float weight = ((const float*)sum)[d];
-            E* to = out + (query / G) * out_stride + (query % G) * d;
-            for (int64_t i = 0; i < d; i += LANES) narrow(sum[i / LANES] / weight, to + i, d - i);
+        Vec* const scores = memory.data();
+        uint32_t* const panel = (uint32_t*)(scores + columns * V);
+        float* const block = (float*)(panel + words * WIDTH);
+        float* const sums = block + BLOCK * features;
+
+        if (segment.num_anchors) {
+            make_panel<V>((const uint32_t*)anchored, stop - first, words, panel);
+            score(panel, keys, segment.num_anchors, scores);
+        }
+        make_panel<V>((const uint32_t*)turned, stop - first, words, panel);
+        score(panel, keys + segment.num_anchors * d, n - segment.num_anchors, scores + segment.num_anchors * V);
+        score(panel, staged_keys, num_staged, scores + n * V);
+        hide((float*)scores, segment.own ? seen.data() : nullptr, num_staged);
+
+        Vec most[V], weight[V] = {};
+        for (int v = 0; v < V; ++v) {
+            most[v] = scores[v];
+            for (int64_t i = V + v; i < columns * V; i += V) most[v] = select(scores[i] > most[v], scores[i], most[v]);
+        }
+        std::fill_n(sums, WIDTH * features, 0.0f);
+        weigh(scores, most, values, n, block, sums, weight);
+        weigh(scores + n * V, most, staged_values, num_staged, block, sums, weight);
+        for (int64_t query = first; query < stop; ++query) {
+            const float* sum = sums + (query - first) * features;
+            const float whole = ((const float*)weight)[query - first];
+            E* to = out + query / G * out_stride + query % G * d;
+            for (int64_t i = 0; i < d; i += LANES) narrow(widen(sum + i) / whole, to + i, d - i);
         }
     }
 
    private:
-    int64_t own(int64_t row) const { return segment.offsets[row + 1] - segment.offsets[row]; }
-
-    // Shared columns `at` to `at` + 15
-    Block<E> columns(const E* from, int64_t at) const {
-        Block<E> found = {{}, std::min<int64_t>(LANES, shared - at)};
-        for (int64_t i = 0; i < found.count; ++i) found.rows[i] = from + (at + i) * d;
-        return found;
+    void find_seen(std::vector<int64_t>& seen) const {
+        static thread_local std::vector<uint8_t> any;
+        any.assign(segment.count, 0);
+        for (int64_t row = first_row; row < stop_row; ++row)
+            for (int64_t i = 0; i < segment.count; ++i) any[i] |= segment.own[row * segment.own_stride + i];
+        seen.clear();
+        for (int64_t i = 0; i < segment.count; ++i)
+            if (any[i]) seen.push_back(i);
     }
 
-    // 16 of the staged rows that a row sees, from its member `at` on
-    Block<E> ancestors(const E* from, int64_t row, int64_t at) const {
-        Block<E> found = {{}, std::min<int64_t>(LANES, own(row) - at)};
-        const int64_t* members = segment.members + segment.offsets[row] + at;
-        for (int64_t i = 0; i < found.count; ++i) found.rows[i] = from + (segment.num_stored + members[i]) * d;
-        return found;
+    // scores [count][queries] = keys [count, d] times the queries
+    void score(const uint32_t* panel, const E* from, int64_t count, Vec* scores) const {
+        const int64_t most = tile_rows<E>(words);
+        for (int64_t at = 0; at < count; at += most)
+            any_tile<E, V>(std::min(most, count - at), panel, (const uint32_t*)(from + at * d), words, words,
+                           (const char*)panel, 0, (Vec(*)[V])(scores + at * V));
     }
 
-    void score() {
-        std::fill_n(scores, num_queries * width / LANES, splat<Vec>(-INFINITE));
-        for (int64_t at = 0; at < shared; at += LANES) {
-            columns(keys, at).transpose(d, block);
-            std::fill_n(found, num_queries, Vec{});
-            accumulate_rows(num_queries, queries, d, block, d, found, 1);
-            const int64_t anchors = segment.num_anchors - at;
-            if (anchors > 0) {
-                std::fill_n(by_slot, num_queries, Vec{});
-                accumulate_rows(num_queries, anchored, d, block, d, by_slot, 1);
-            }
-            Vec* to = scores + at / LANES;
-            int64_t query = 0;
-            for (int64_t row = first; row < stop; ++row) {
-                const Ints hidden = hides(row, at);
-                for (int64_t g = 0; g < G; ++g, ++query, to += width / LANES) {
-                    const Ints at_slot = LANE < (int32_t)anchors;
-                    const Vec score = anchors > 0 ? select(at_slot, by_slot[query], found[query]) : found[query];
-                    *to = select(hidden, splat<Vec>(-INFINITE), score);
-                }
+    // What a row does not see has no weight. `seen`: which of the staged rows the last columns are; null: the first ones.
+    void hide(float* scores, const int64_t* seen, int64_t num_staged) const {
+        for (int64_t row = first_row; row < stop_row; ++row) {
+            const int64_t from = std::max(row * G, first) - first, to = std::min((row + 1) * G, stop) - first;
+            const auto hide_column = [&](int64_t column) {
+                for (int64_t lane = from; lane < to; ++lane) scores[column * WIDTH + lane] = -INFINITE;
+            };
+            if (segment.stored)
+                for (int64_t i = 0; i < n; ++i)
+                    if (!segment.stored[row * segment.stored_stride + i]) hide_column(i);
+            if (seen) {
+                const uint8_t* own = segment.own + row * segment.own_stride;
+                for (int64_t i = 0; i < num_staged; ++i)
+                    if (!own[seen[i]]) hide_column(n + i);
+            } else {
+                for (int64_t i = row + 1; i < num_staged; ++i) hide_column(n + i);
             }
         }
-        for (int64_t row = first; segment.offsets && row < stop; ++row)
-            for (int64_t at = 0; at < own(row); at += LANES) {
-                const Block<E> own_keys = ancestors(keys, row, at);
-                own_keys.transpose(d, block);
-                const int64_t query = (row - first) * G;
-                Vec* to = scores + (query * width + shared_width + at) / LANES;
-                for (int64_t g = 0; g < G; ++g) to[g * width / LANES] = Vec{};
-                accumulate_rows(G, queries + query * d, d, block, d, to, width / LANES);
-                for (int64_t g = 0; g < G; ++g) {
-                    Vec& score = to[g * width / LANES];
-                    score = select(LANE < (int32_t)own_keys.count, score, splat<Vec>(-INFINITE));
-                }
+    }
+
+    // Scores become weights; sums [queries, features] and `weight` grow by what the columns give
+    void weigh(Vec* scores, const Vec* most, const E* from, int64_t count, float* block, float* sums,
+               Vec* weight) const {
+        for (int64_t at = 0; at < count; at += BLOCK) {
+            const int64_t here = std::min(BLOCK, count - at);
+            Vec* const weights = scores + at * V;
+            for (int64_t i = 0; i < here * V; ++i) {
+                const Vec below = weights[i] - most[i % V];
+                weights[i] = select(below < -87.0f, Vec{}, exponential(below));
+                weight[i % V] += weights[i];
             }
-    }
-
-    // Which of the columns `at` to `at` + 15 the row does not see
-    Ints hides(int64_t row, int64_t at) const {
-        const int64_t limit = segment.num_stored + (segment.offsets ? 0 : row + 1) - at;
-        Ints hidden = LANE >= (int32_t)limit;
-        if (segment.sees) {
-            const uint8_t* sees = segment.sees + row * (segment.num_stored + segment.count) + at;
-            for (int64_t i = 0; i < std::min<int64_t>(LANES, shared - at); ++i)
-                if (!sees[i]) hidden[i] = -1;
+            for (int64_t i = 0; i < here; ++i)
+                for (int64_t f = 0; f < d; f += LANES) narrow(widen(from + (at + i) * d + f, d - f), block + i * features + f);
+            int64_t f = 0;
+            for (; f + 4 * LANES <= features; f += 4 * LANES)
+                weigh_queries<4>(stop - first, (const float*)weights, WIDTH, block + f, features, here, sums + f);
+            for (; f < features; f += LANES)
+                weigh_queries<1>(stop - first, (const float*)weights, WIDTH, block + f, features, here, sums + f);
         }
-        return hidden;
-    }
-
-    // Scores of a query become weights, whose sum is still to be divided by
-    void soften(Vec* score) const {
-        Vec most = score[0];
-        for (int64_t i = 1; i < width / LANES; ++i) most = select(score[i] > most, score[i], most);
-        float top = -INFINITE;
-        for (int lane = 0; lane < LANES; ++lane) top = std::max(top, most[lane]);
-        for (int64_t i = 0; i < width / LANES; ++i) {
-            const Vec below = score[i] - top;
-            score[i] = select(below < -87.0f, Vec{}, exponential(below));
-        }
-    }
-
-    void weigh(int64_t features) {
-        const float* weights = (const float*)scores;
-        for (int64_t at = 0; at < shared; at += LANES) {
-            columns(values, at).append_one(d, block);
-            for (int64_t i = 0; i < features; ++i)
-                accumulate_rows(num_queries, weights + at, width, block + i * LANES, LANES, sums + i, features);
-        }
-        for (int64_t row = first; segment.offsets && row < stop; ++row)
-            for (int64_t at = 0; at < own(row); at += LANES) {
-                ancestors(values, row, at).append_one(d, block);
-                const int64_t query = (row - first) * G;
-                for (int64_t i = 0; i < features; ++i)
-                    accumulate_rows(G, weights + query * width + shared_width + at, width, block + i * LANES,
-                                    LANES, sums + query * features + i, features);
-            }
     }
 };
 
 // attended [T, row_words(output)]. Pieces of work go to whichever thread is free: who does one changes no bit.
 template <class E>
-void attend(const Model& model, const Layer& layer, const Step& step, const Place& place, const Queries& queries,
+void attend(const Model& model, const Layer& layer, const Step& step, const Place& place, const Queries<E>& queries,
             void* attended) {
     const int64_t K = model.num_kv_heads, G = model.num_heads / K, d = model.head_dim, T = step.num_rows;
     const int64_t stride = row_words(layer.output) * 4 / sizeof(E);
     for (int64_t s = 0; s < step.num_segments; ++s) {
         const Segment& segment = place.segments[s];
-        // Pieces for all threads, but rows enough in each to share the keys' conversion, and scores that stay in L2
-        const int64_t even = std::max<int64_t>(4, segment.count * K / (2 * step.num_threads));
-        const int64_t fitting = (1 << 17) / (G * (segment.num_stored + segment.count));
-        const int64_t rows = std::max<int64_t>(1, std::min({even, int64_t(32), fitting}));
-        const int64_t blocks = (segment.count + rows - 1) / rows;
+        const int64_t num_queries = segment.count * G;
+        const bool few = (num_queries + PANEL - 1) / PANEL * K < 2 * step.num_threads;
+        const int64_t width = few ? LANES : PANEL, blocks = (num_queries + width - 1) / width;
 #pragma omp for schedule(dynamic) nowait
         for (int64_t unit = 0; unit < blocks * K; ++unit) {
-            const int64_t kv = unit % K, first = unit / K * rows, stop = std::min(first + rows, segment.count);
-            const int64_t query = (kv * T + segment.start + first) * G * d;
+            const int64_t kv = unit % K, block = blocks - 1 - unit / K;
+            const int64_t first = num_queries * block / blocks, stop = num_queries * (block + 1) / blocks;
+            const int64_t query = (kv * T + segment.start) * G + first;
             const E* keys = (const E*)segment.slot + place.index * segment.layer_stride + kv * segment.head_stride;
-            HeadAttention<E> head{model, segment, first, stop, keys, keys + segment.side_stride,
-                                  queries.turned + query, queries.anchored + query};
-            head.run((E*)attended + (segment.start + first) * stride + kv * G * d, stride);
+            const E* values = keys + segment.side_stride;
+            const E *turned = queries.turned + query * d, *anchored = queries.anchored + query * d;
+            E* out = (E*)attended + segment.start * stride + kv * G * d;
+            if (few)
+                HeadAttention<E, 1>{model, segment, first, stop, keys, values, turned, anchored}.run(out, stride);
+            else
+                HeadAttention<E, 2>{model, segment, first, stop, keys, values, turned, anchored}.run(out, stride);
         }
     }
 }
@@ -616,7 +705,7 @@ void attend(const Model& model, const Layer& layer, const Step& step, const Plac
 // Where the pieces of a step's scratch memory begin, and how large it is
 struct Scratch {
     float* qkv;
-    Queries queries;
+    float *turned, *anchored;  // queries
     void *x, *inner;
     int64_t size = 0;
 
@@ -629,8 +718,8 @@ struct Scratch {
             return (float*)place;
         };
         qkv = take(layer.qkv.panels * PANEL);
-        queries.turned = take(num_queries);
-        queries.anchored = take(num_queries);
+        turned = take(num_queries);
+        anchored = take(num_queries);
         x = take(std::max(row_words(layer.qkv), row_words(layer.output)));
         inner = take(row_words(layer.down));
     }
@@ -640,6 +729,7 @@ struct Scratch {
 template <class E>
 void run_halves(const Model& model, const Step& step, int64_t first, int64_t stop, Barrier& barrier) {
     const Scratch scratch(model, step.num_rows, step.scratch);
+    const Queries<E> queries{(E*)scratch.turned, (E*)scratch.anchored};
     const int64_t T = step.num_rows;
     for (int64_t half = first; half < stop; ++half) {
         const Layer& layer = model.layers[half / 2];
@@ -650,9 +740,9 @@ void run_halves(const Model& model, const Step& step, int64_t first, int64_t sto
             barrier.wait();
             linear<E>(layer.qkv, scratch.x, T, scratch.qkv);
             barrier.wait();
-            place_heads<E>(model, layer, step, place, scratch.qkv, scratch.queries);
+            place_heads<E>(model, layer, step, place, scratch.qkv, queries);
             barrier.wait();
-            attend<E>(model, layer, step, place, scratch.queries, scratch.x);
+            attend<E>(model, layer, step, place, queries, scratch.x);
             barrier.wait();
             linear<E>(layer.output, scratch.x, T, step.partial);
         } else {
@@ -664,6 +754,7 @@ void run_halves(const Model& model, const Step& step, int64_t first, int64_t sto
         }
         barrier.wait();
     }
+    release_matrix_unit();
 }
 
 template <class E>
@@ -671,6 +762,7 @@ void run_head(const Model& model, int64_t rows, float* hidden, void* x, float* l
     norm<E>(model, rows, hidden, nullptr, model.norm, model.head, x);
     barrier.wait();
     linear<E>(model.head, x, rows, logits);
+    release_matrix_unit();
 }
 
 }  // namespace
