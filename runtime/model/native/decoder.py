@@ -20,11 +20,14 @@ from runtime.model.native.build import available, library
 from runtime.model.rotary import Rotary
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
+from runtime.retention import Bools, Ints
 
 if TYPE_CHECKING:
     from runtime.model.loader import LayerWeights
 
 LANES, PANEL = 16, 32
+BLOCK = PANEL
+"""Columns of keys: see rule 1 in kernels.cpp."""
 
 WORDS_PER_THREAD = 2**17
 """A further thread joins in for so many words of a layer's weights, times rows: below, waiting for it costs more."""
@@ -57,8 +60,9 @@ class _Segment(Structure):
         ("count", c_int64),
         ("slot", c_void_p),
         *((name, c_int64) for name in ("layer_stride", "side_stride", "head_stride", "num_stored", "num_anchors")),
-        *((name, c_void_p) for name in ("anchor_turns", "stored", "own")),
-        *((name, c_int64) for name in ("stored_stride", "own_stride")),
+        *((name, c_void_p) for name in ("anchor_turns", "columns", "tails")),
+        *((name, c_int64) for name in ("num_columns", "num_tail")),
+        ("sees", c_void_p),
     ]
 
 
@@ -258,24 +262,43 @@ class _Places:
             turns = self.decoder.rotary.turns(slots, lengths) * self.decoder.spec.head_dim**-0.5
             self.alive.append(factors := _factors(turns))
             found.anchor_turns = factors.data_ptr()
-        self._show(found, segment, segment.sees(retained, window))
+        self._show(found, segment, retained.positions, segment.sees(retained, window))
         return found
 
-    def _show(self, found: _Segment, segment: Segment, sees: np.ndarray | None) -> None:
-        """Say what the rows see: `sees` [t, n + t], None: all of it."""
-        if sees is None:
-            return
-        stored, own = sees[:, : found.num_stored], sees[:, found.num_stored :]
-        count = found.count
+    def _show(self, found: _Segment, segment: Segment, stored: Ints, sees: Bools | None) -> None:
+        """Put the keys into columns. `stored` [n]: their positions. `sees` [t, n + t] what the rows see, None: all."""
+        count, own = found.count, segment.positions
         is_chain = np.count_nonzero(segment.ancestors) == count * (count + 1) // 2
-        if not (is_chain and np.array_equal(own, segment.ancestors)):
-            found.own, found.own_stride = self._address(own), count
-        if not stored.all():
-            found.stored, found.stored_stride = self._address(stored), found.num_stored
+        if is_chain:
+            columns = _by_position(np.concatenate([stored, own]))
+        else:
+            tail_start = int(own.min()) // BLOCK * BLOCK
+            num_shared = int(np.searchsorted(stored, tail_start))
+            columns = _by_position(stored[:num_shared])
+            assert sees is not None
+            rows, members = sees[:, num_shared:].nonzero()
+            members += num_shared
+            places = np.concatenate([stored, own])[members] - tail_start
+            tails = np.full((count, -(-int(places.max() + 1) // BLOCK) * BLOCK), -1)
+            tails[rows, places] = members
+            found.tails, found.num_tail = self._address(tails), tails.shape[1]
+            sees = None if sees[:, :num_shared].all() else sees
+        found.columns, found.num_columns = self._address(columns), len(columns)
+        if sees is not None:
+            found.sees = self._address(sees[:, columns])
 
     def _address(self, array: np.ndarray) -> int:
         self.alive.append(array := np.ascontiguousarray(array))
         return array.ctypes.data
+
+
+def _by_position(positions: Ints) -> Ints:
+    """Columns for keys at these positions, ascending: the index of each, -1 where there is none. [C]"""
+    blocks = positions // BLOCK
+    order = np.cumsum(np.diff(blocks, prepend=blocks[:1]) > 0)  # blocks without a key are left out
+    columns = np.full((order[-1] + 1) * BLOCK if len(order) else 0, -1)
+    columns[order * BLOCK + positions % BLOCK] = np.arange(len(positions))
+    return columns
 
 
 def _factors(turns: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,13 @@
 // The promise: a row's result is the same to the last bit whatever other rows are in the step, whether an ancestor
 // stands in the cache or among the step's rows, and whether keys that the row does not see are stored in between.
 // Three rules keep it:
-//   1. A sum runs over its terms one by one, in the order of features or of positions, never split over tiles or
-//      threads. Tiles and threads divide the outputs only. Lanes of a vector are different outputs, too.
-//   2. Multiplying and adding is fused where the code says fma, and nowhere else (-ffp-contract=off), and a row takes
-//      the same operations in every tile. No remainder loop rounds differently: what does not fill a vector is padded.
-//   3. A hidden key has weight exactly 0, and adding 0 * value changes no sum.
+//   1. A sum runs over its terms in one order: features, or keys by their position in the text. Those that an
+//      instruction adds up at once (two words' halves, or 16 words on a matrix unit) are the same ones for every row:
+//      keys stand in columns, and a key's column within its block of 32 is its position modulo 32.
+//   2. Tiles and threads divide the outputs only, and a row takes the same operations in every tile. Multiplying and
+//      adding is fused where the code says fma, and nowhere else (-ffp-contract=off). What does not fill a vector is
+//      padded: no remainder loop rounds differently.
+//   3. A hidden key, or a column without one, has weight exactly 0, and adding 0 * value changes no sum.
 //
 // Letters: T rows, D hidden size, H query heads, K KV heads, G = H / K, d head size, E the type of weights and cache.
 
@@ -65,9 +67,11 @@ struct Segment {
     int64_t num_stored;
     int64_t num_anchors;        // stored tokens, the first ones, for which queries are turned by anchor_turns
     const float* anchor_turns;  // [count, d]
-    const uint8_t *stored, *own;  // what each row sees of the stored tokens (null: all), of the segment's rows (null:
-                                  // those up to itself)
-    int64_t stored_stride, own_stride;  // from row to row
+    // Columns hold rows of the slot, of which the segment's own stand behind the stored ones; -1 holds none. The rows
+    // share the first `num_columns`, and then, in a tree, each has `num_tail` of its own. Both in blocks of 32.
+    const int64_t *columns, *tails;  // [num_columns], [count, num_tail]
+    int64_t num_columns, num_tail;
+    const uint8_t* sees;  // [count, num_columns], or null: a row sees every shared column
 };
 
 struct Place {  // of a layer
@@ -97,6 +101,7 @@ typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef uint16_t BF16;
 
 #define INLINE static inline __attribute__((always_inline))
@@ -146,9 +151,13 @@ INLINE Vec widen(const float* from) { return load<Vec>(from); }
 INLINE Vec widen(const BF16* from) { return (Vec)(__builtin_convertvector(load<Halves>(from), Words) << 16); }
 INLINE void narrow(Vec value, float* to) { std::memcpy(to, &value, sizeof value); }
 INLINE void narrow(Vec value, BF16* to) {
+#if defined(__AVX512BF16__)
+    const auto halves = _mm512_cvtneps_pbh((__m512)value);
+#else
     Words bits = (Words)value;
     bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const Halves halves = __builtin_convertvector(bits, Halves);
+#endif
     std::memcpy(to, &halves, sizeof halves);
 }
 
@@ -170,6 +179,8 @@ INLINE void narrow(Vec value, E* to, int64_t count) {
 
 INLINE Vec select(Ints condition, Vec yes, Vec no) { return (Vec)(((Ints)yes & condition) | ((Ints)no & ~condition)); }
 
+INLINE Vec larger(Vec a, Vec b) { return select(a > b, a, b); }
+
 INLINE float total(Vec values) {
     float sum = 0;
     for (int lane = 0; lane < LANES; ++lane) sum += values[lane];
@@ -178,7 +189,7 @@ INLINE float total(Vec values) {
 
 // e^x within 2 units in the last place; x is clamped to where the result is a normal number
 INLINE Vec exponential(Vec x) {
-    x = select(x < -87.0f, splat<Vec>(-87.0f), select(x > 88.0f, splat<Vec>(88.0f), x));
+    x = larger(splat<Vec>(-87.0f), select(x > 88.0f, splat<Vec>(88.0f), x));
     const Vec shifted = fma(x, splat<Vec>(1.44269504f), splat<Vec>(12582912.0f));  // its low bits are the exponent
     const Vec whole = shifted - 12582912.0f;
     Vec rest = fma(whole, splat<Vec>(-0.693359375f), x);
@@ -274,65 +285,70 @@ INLINE void release_matrix_unit() {}
 // Words from one row of a product's input to the next: an odd number of cache lines keeps rows in different sets
 INLINE int64_t row_words(const Matrix& m) { return round_up(m.depth, 2 * LANES) + LANES; }
 
-// R rows times a panel of V vectors of outputs. `ahead` is fetched meanwhile, `stride` bytes per word: what comes next.
-template <class E, int V, int R>
+// sums (or 0, unless `more`) + R rows times one panel. `ahead` is fetched meanwhile, `stride` bytes
+// per word: what comes next.
+template <class E, int R>
 void tile(const uint32_t* panel, const uint32_t* x, int64_t x_stride, int64_t depth, const char* ahead, int64_t stride,
-          Vec (*sums)[V]) {
-    Vec sum[R][V] = {};
-    for (int64_t word = 0; word < depth; ++word, panel += V * LANES, ahead += stride) {
-        Words weights[V];
-        for (int v = 0; v < V; ++v) weights[v] = load<Words>(panel + v * LANES);
+          Vec (*sums)[2], bool more) {
+    Vec sum[R][2] = {};
+    for (int row = 0; more && row < R; ++row)
+        for (int v = 0; v < 2; ++v) sum[row][v] = sums[row][v];
+    for (int64_t word = 0; word < depth; ++word, panel += PANEL, ahead += stride) {
+        Words weights[2];
+        for (int v = 0; v < 2; ++v) weights[v] = load<Words>(panel + v * LANES);
         if (R > 4 && stride) __builtin_prefetch(ahead, 0, 2), __builtin_prefetch(ahead + 64, 0, 2);
 #pragma GCC unroll 16
         for (int row = 0; row < R; ++row)
-            for (int v = 0; v < V; ++v)
+            for (int v = 0; v < 2; ++v)
                 sum[row][v] = multiply_add<E>(sum[row][v], weights[v], x[row * x_stride + word]);
     }
     for (int row = 0; row < R; ++row)
-        for (int v = 0; v < V; ++v) sums[row][v] = sum[row][v];
+        for (int v = 0; v < 2; ++v) sums[row][v] = sum[row][v];
 }
 
-template <class E, int V, int R = TILE>
+template <class E, int R = TILE>
 INLINE void vector_tile(int64_t rows, const uint32_t* panel, const uint32_t* x, int64_t x_stride, int64_t depth,
-                        const char* ahead, int64_t stride, Vec (*sums)[V]) {
+                        const char* ahead, int64_t stride, Vec (*sums)[2], bool more) {
     if constexpr (R > 1)
-        if (rows < R) return vector_tile<E, V, R - 1>(rows, panel, x, x_stride, depth, ahead, stride, sums);
-    tile<E, V, R>(panel, x, x_stride, depth, ahead, stride, sums);
+        if (rows < R) return vector_tile<E, R - 1>(rows, panel, x, x_stride, depth, ahead, stride, sums, more);
+    tile<E, R>(panel, x, x_stride, depth, ahead, stride, sums, more);
 }
 
 #if defined(__AMX_BF16__)
 // The same on the matrix unit, 16 words and up to 32 rows at a time. What it adds up for a row depends on that row only.
-template <int V>
 void matrix_tile(int64_t rows, const uint32_t* panel, const uint32_t* x, int64_t x_stride, int64_t depth,
-                 const char* ahead, int64_t stride, Vec (*sums)[V]) {
-    constexpr int BYTES = V * LANES * 4;  // of a word of the panel, and of a row of sums
+                 const char* ahead, int64_t stride, Vec (*sums)[2], bool more) {
+    constexpr int BYTES = PANEL * 4;  // of a word of the panel, and of a row of sums
     use_rows(rows);
     const bool two = rows > LANES;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if (more) {
+        _tile_loadd(0, sums, BYTES);
+        _tile_loadd(1, &sums[0][1], BYTES);
+        if (two) _tile_loadd(2, sums + LANES, BYTES);
+        if (two) _tile_loadd(3, &sums[LANES][1], BYTES);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     for (int64_t word = 0; word < depth; word += LANES) {
         for (int64_t line = 0; line < LANES * stride; line += 64) __builtin_prefetch(ahead + line, 0, 2);
         ahead += LANES * stride;
-        _tile_loadd(6, panel + word * V * LANES, BYTES);
         _tile_loadd(4, x + word, x_stride * 4);
+        _tile_loadd(6, panel + word * PANEL, BYTES);
         _tile_dpbf16ps(0, 4, 6);
-        if constexpr (V > 1) {
-            _tile_loadd(7, panel + word * V * LANES + LANES, BYTES);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        if (two) {
-            _tile_loadd(5, x + LANES * x_stride + word, x_stride * 4);
-            _tile_dpbf16ps(2, 5, 6);
-            if constexpr (V > 1) _tile_dpbf16ps(3, 5, 7);
-        }
+        _tile_loadd(7, panel + word * PANEL + LANES, BYTES);
+        _tile_dpbf16ps(1, 4, 7);
+        if (!two) continue;
+        _tile_loadd(5, x + LANES * x_stride + word, x_stride * 4);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, sums, BYTES);
-    if constexpr (V > 1) _tile_stored(1, &sums[0][1], BYTES);
+    _tile_stored(1, &sums[0][1], BYTES);
     if (two) _tile_stored(2, sums + LANES, BYTES);
-    if constexpr (V > 1)
-        if (two) _tile_stored(3, &sums[LANES][1], BYTES);
+    if (two) _tile_stored(3, &sums[LANES][1], BYTES);
 }
 #endif
 
@@ -348,13 +364,24 @@ INLINE int64_t tile_rows(int64_t depth) {
     return suits_matrix_unit<E>(depth) ? MOST_ROWS : TILE;
 }
 
-template <class E, int V>
-INLINE void any_tile(int64_t rows, const uint32_t* panel, const uint32_t* x, int64_t x_stride, int64_t depth,
-                     const char* ahead, int64_t stride, Vec (*sums)[V]) {
+template <class E>
+INLINE void any_tile(int64_t rows, const uint32_t* panel, const void* x, int64_t x_stride, int64_t depth,
+                     const char* ahead, int64_t stride, Vec (*sums)[2], bool more = false) {
+    const uint32_t* words = (const uint32_t*)x;
 #if defined(__AMX_BF16__)
-    if (suits_matrix_unit<E>(depth)) return matrix_tile<V>(rows, panel, x, x_stride, depth, ahead, stride, sums);
+    if (suits_matrix_unit<E>(depth)) return matrix_tile(rows, panel, words, x_stride, depth, ahead, stride, sums, more);
 #endif
-    vector_tile<E, V>(rows, panel, x, x_stride, depth, ahead, stride, sums);
+    vector_tile<E>(rows, panel, words, x_stride, depth, ahead, stride, sums, more);
+}
+
+// The same for any number of rows
+template <class E>
+INLINE void all_tiles(int64_t rows, const uint32_t* panel, const void* x, int64_t x_stride, int64_t depth,
+                      Vec (*sums)[2], bool more = false) {
+    const int64_t most = tile_rows<E>(depth);
+    for (int64_t first = 0; first < rows; first += most)
+        any_tile<E>(std::min(most, rows - first), panel, (const uint32_t*)x + first * x_stride, x_stride, depth,
+                    (const char*)panel, 0, sums + first, more);
 }
 
 // x [rows, in] times the matrix; finish(row, panel, sums) takes 32 outputs of a row at a time.
@@ -369,7 +396,7 @@ INLINE void product(const Matrix& m, const void* x, int64_t rows, Finish finish)
             Vec sums[MOST_ROWS][2];
             const uint32_t* weights = m.words + panel * words;
             const char* ahead = (const char*)(weights + words) + t * (words * 4 / tiles);
-            any_tile<E, 2>(count, weights, (const uint32_t*)x + first * stride, stride, m.depth, ahead, 128 / tiles, sums);
+            any_tile<E>(count, weights, (const uint32_t*)x + first * stride, stride, m.depth, ahead, 128 / tiles, sums);
             for (int64_t row = 0; row < count; ++row) finish(first + row, panel, sums[row]);
         }
 }
@@ -501,174 +528,153 @@ INLINE void exchange(Vec* v) {
     }
 }
 
-// [rows, words] -> [words][V * 16 rows], the missing rows 0: a panel
-template <int V>
-INLINE void make_panel(const uint32_t* from, int64_t rows, int64_t words, uint32_t* to) {
-    for (int64_t first = 0; first < V * LANES; first += LANES)
+constexpr int64_t BLOCK = PANEL;  // columns
+
+// The panel [words][32 columns] of a block's keys, [d] each; where there is none, 0
+template <class E>
+void make_key_panel(const E* keys, const int64_t* columns, int64_t d, uint32_t* panel) {
+    const int64_t words = d * sizeof(E) / 4;
+    for (int64_t half = 0; half < BLOCK; half += LANES)
         for (int64_t i = 0; i < words; i += LANES) {
-            Vec v[LANES] = {};
-            for (int64_t row = first; row < std::min(rows, first + LANES); ++row)
-                v[row - first] = widen((const float*)from + row * words + i, words - i);
+            Vec v[LANES];
+            for (int64_t c = 0; c < LANES; ++c) {
+                const int64_t row = columns[half + c];
+                v[c] = row < 0 ? Vec{} : widen((const float*)(keys + row * d) + i, words - i);
+            }
             exchange<8>(v), exchange<4>(v), exchange<2>(v), exchange<1>(v);
             for (int64_t k = 0; k < std::min<int64_t>(LANES, words - i); ++k)
-                std::memcpy(to + (i + k) * V * LANES + first, &v[k], sizeof(Vec));
+                narrow(v[k], (float*)panel + (i + k) * BLOCK + half);
         }
 }
 
-// sums[n][f] += weights[i][n] * values[i][f], over i in order, for N queries and F vectors of features
-template <int N, int F>
-void weigh_tile(const float* weights, int64_t weight_stride, const float* values, int64_t value_stride, int64_t count,
-                float* sums, int64_t sum_stride) {
-    Vec sum[N][F];
-    for (int n = 0; n < N; ++n)
-        for (int f = 0; f < F; ++f) sum[n][f] = widen(sums + n * sum_stride + f * LANES);
-    for (int64_t i = 0; i < count; ++i) {
-        Vec value[F];
-        for (int f = 0; f < F; ++f) value[f] = widen(values + i * value_stride + f * LANES);
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) {
-            const Vec weight = splat<Vec>(weights[i * weight_stride + n]);
-            for (int f = 0; f < F; ++f) sum[n][f] = fma(weight, value[f], sum[n][f]);
+// The panels [words of columns][32 features] of values [d], `stride` words from one panel to the next
+template <class E>
+void make_value_panels(const E* values, const int64_t* columns, int64_t num_columns, int64_t d, int64_t stride,
+                       uint32_t* panels) {
+    constexpr int64_t PER_WORD = 4 / sizeof(E);
+    const auto value = [&](int64_t column, int64_t f) {
+        const int64_t row = columns[column];
+        return row < 0 || f >= d ? Vec{} : widen(values + row * d + f, d - f);
+    };
+    for (int64_t column = 0; column < num_columns; column += PER_WORD, panels += PANEL)
+        for (int64_t f = 0; f < round_up(d, PANEL); f += LANES) {
+            Words word = (Words)value(column, f);
+            if constexpr (PER_WORD == 2) word = (word >> 16) | (Words)value(column + 1, f);
+            narrow((Vec)word, (float*)panels + f / PANEL * stride + f % PANEL);
         }
-    }
-    for (int n = 0; n < N; ++n)
-        for (int f = 0; f < F; ++f) narrow(sum[n][f], sums + n * sum_stride + f * LANES);
 }
 
-template <int F, int N = 6>
-INLINE void weigh_queries(int64_t queries, const float* weights, int64_t weight_stride, const float* values,
-                          int64_t value_stride, int64_t count, float* sums) {
-    for (; queries >= N; queries -= N, weights += N, sums += N * value_stride)
-        weigh_tile<N, F>(weights, weight_stride, values, value_stride, count, sums, value_stride);
-    if constexpr (N > 1)
-        if (queries) weigh_queries<F, N - 1>(queries, weights, weight_stride, values, value_stride, count, sums);
-}
-
-// Some queries of a segment, at most V * 16, over one KV head: first to stop - 1 of those [count * G] that it has.
-// The columns are the stored keys, and behind them those of the staged rows that any of these rows sees: the order of
-// positions for every row.
-template <class E, int V>
+// Some queries of a segment over one KV head: first to stop - 1 of the [count * G] that it has.
+template <class E>
 struct HeadAttention {
-    static constexpr int64_t WIDTH = V * LANES;  // of a column's scores, one per query
-    static constexpr int64_t BLOCK = 32;         // columns whose values are widened at a time
-
     const Model& model;
     const Segment& segment;
     const int64_t first, stop;
-    const E *keys, *values;      // of the slot, the staged ones included
-    const E *turned, *anchored;  // [stop - first, d]
-    const int64_t d = model.head_dim, G = model.num_heads / model.num_kv_heads;
-    const int64_t n = segment.num_stored, first_row = first / G, stop_row = (stop - 1) / G + 1;
-    const int64_t words = d * sizeof(E) / 4, features = round_up(d, LANES);
+    const E *keys, *values;      // of the slot
+    const E *turned, *anchored;  // [queries, d]
+    const int64_t d = model.head_dim, G = model.num_heads / model.num_kv_heads, num_queries = stop - first;
+    const int64_t words = d * sizeof(E) / 4, panels = (d + PANEL - 1) / PANEL;
+    const int64_t C = segment.num_columns, width = C + segment.num_tail;  // of a query's scores
+    const int64_t panel_words = width * sizeof(E) / 4 * PANEL;            // of values
 
     void run(E* out, int64_t out_stride) {
-        static thread_local std::vector<int64_t> seen;  // staged rows
-        static thread_local std::vector<E> copies;      // their keys and values
-        const E *staged_keys = keys + n * d, *staged_values = values + n * d;
-        int64_t num_staged = stop_row;
-        if (segment.own) {
-            find_seen(seen);
-            num_staged = seen.size();
-            copies.resize(2 * num_staged * d);
-            for (int64_t i = 0; i < num_staged; ++i) {
-                std::copy_n(staged_keys + seen[i] * d, d, &copies[i * d]);
-                std::copy_n(staged_values + seen[i] * d, d, &copies[(num_staged + i) * d]);
-            }
-            staged_keys = copies.data(), staged_values = staged_keys + num_staged * d;
-        }
-
-        const int64_t columns = n + num_staged;
         static thread_local std::vector<Vec> memory;
-        const size_t needed = columns * V + words * V + (BLOCK + WIDTH) * features / LANES;
-        if (memory.size() < needed) memory.resize(needed);
-        Vec* const scores = memory.data();
-        uint32_t* const panel = (uint32_t*)(scores + columns * V);
-        float* const block = (float*)(panel + words * WIDTH);
-        float* const sums = block + BLOCK * features;
+        const int64_t sizes[] = {words * BLOCK, panels * panel_words, num_queries * width, num_queries * LANES,
+                                 panels * num_queries * PANEL};  // in words
+        int64_t needed = 0;
+        for (int64_t size : sizes) needed += round_up(size, LANES) / LANES;
+        if ((int64_t)memory.size() < needed) memory.resize(needed);
+        uint32_t* const key_panel = (uint32_t*)memory.data();
+        uint32_t* const value_panels = key_panel + sizes[0];
+        float* const scores = (float*)(value_panels + sizes[1]);
+        Vec* const wholes = (Vec*)(scores + sizes[2]);
+        Vec(*const sums)[2] = (Vec(*)[2])(wholes + num_queries);  // [panels][queries]
 
-        if (segment.num_anchors) {
-            make_panel<V>((const uint32_t*)anchored, stop - first, words, panel);
-            score(panel, keys, segment.num_anchors, scores);
-        }
-        make_panel<V>((const uint32_t*)turned, stop - first, words, panel);
-        score(panel, keys + segment.num_anchors * d, n - segment.num_anchors, scores + segment.num_anchors * V);
-        score(panel, staged_keys, num_staged, scores + n * V);
-        hide((float*)scores, segment.own ? seen.data() : nullptr, num_staged);
+        for (int64_t at = 0; at < C; at += BLOCK)
+            score(key_panel, segment.columns + at, segment.sees ? segment.sees + at : nullptr, 0, num_queries, scores + at);
+        each_tail([&](int64_t query, int64_t count, const int64_t* columns, int64_t num_columns) {
+            for (int64_t at = 0; at < num_columns; at += BLOCK)
+                score(key_panel, columns + at, nullptr, query, query + count, scores + query * width + C + at);
+            for (int64_t i = query; i < query + count; ++i) wholes[i] = soften(scores + i * width, C + num_columns);
+        });
+        if (!segment.tails)
+            for (int64_t i = 0; i < num_queries; ++i) wholes[i] = soften(scores + i * width, C);
 
-        Vec most[V], weight[V] = {};
-        for (int v = 0; v < V; ++v) {
-            most[v] = scores[v];
-            for (int64_t i = V + v; i < columns * V; i += V) most[v] = select(scores[i] > most[v], scores[i], most[v]);
-        }
-        std::fill_n(sums, WIDTH * features, 0.0f);
-        weigh(scores, most, values, n, block, sums, weight);
-        weigh(scores + n * V, most, staged_values, num_staged, block, sums, weight);
-        for (int64_t query = first; query < stop; ++query) {
-            const float* sum = sums + (query - first) * features;
-            const float whole = ((const float*)weight)[query - first];
-            E* to = out + query / G * out_stride + query % G * d;
-            for (int64_t i = 0; i < d; i += LANES) narrow(widen(sum + i) / whole, to + i, d - i);
+        make_value_panels(values, segment.columns, C, d, panel_words, value_panels);
+        for (int64_t p = 0; p < panels; ++p)
+            all_tiles<E>(num_queries, value_panels + p * panel_words, scores, width, C * sizeof(E) / 4, sums + p * num_queries);
+        each_tail([&](int64_t query, int64_t count, const int64_t* columns, int64_t num_columns) {
+            make_value_panels(values, columns, num_columns, d, panel_words, value_panels);
+            for (int64_t p = 0; p < panels; ++p)
+                all_tiles<E>(count, value_panels + p * panel_words, (const E*)(scores + query * width) + C, width,
+                             num_columns * sizeof(E) / 4, sums + p * num_queries + query, true);
+        });
+        for (int64_t query = 0; query < num_queries; ++query) {
+            const float whole = total(wholes[query]);
+            E* to = out + (first + query) / G * out_stride + (first + query) % G * d;
+            for (int64_t f = 0; f < d; f += LANES)
+                narrow(sums[f / PANEL * num_queries + query][f % PANEL / LANES] / whole, to + f, d - f);
         }
     }
 
    private:
-    void find_seen(std::vector<int64_t>& seen) const {
-        static thread_local std::vector<uint8_t> any;
-        any.assign(segment.count, 0);
-        for (int64_t row = first_row; row < stop_row; ++row)
-            for (int64_t i = 0; i < segment.count; ++i) any[i] |= segment.own[row * segment.own_stride + i];
-        seen.clear();
-        for (int64_t i = 0; i < segment.count; ++i)
-            if (any[i]) seen.push_back(i);
+    // In a tree, work(query, how many of the same row, that row's columns, how many)
+    template <class Work>
+    void each_tail(Work work) const {
+        for (int64_t query = first; segment.tails && query < stop;) {
+            const int64_t row = query / G, next = std::min((row + 1) * G, stop);
+            const int64_t* columns = segment.tails + row * segment.num_tail;
+            int64_t count = segment.num_tail;
+            while (count > 0 && columns[count - 1] < 0) --count;
+            work(query - first, next - query, columns, round_up(count, BLOCK));
+            query = next;
+        }
     }
 
-    // scores [count][queries] = keys [count, d] times the queries
-    void score(const uint32_t* panel, const E* from, int64_t count, Vec* scores) const {
+    // Scores of queries `from` to `to` - 1 over a block of columns
+    void score(uint32_t* panel, const int64_t* columns, const uint8_t* sees, int64_t from, int64_t to, float* scores) const {
+        make_key_panel(keys, columns, d, panel);
+        Ints here[2], by_slot[2];
+        bool any_by_slot = false;
+        for (int64_t c = 0; c < BLOCK; ++c) {
+            here[c / LANES][c % LANES] = columns[c] < 0 ? 0 : -1;
+            const bool is_anchor = columns[c] >= 0 && columns[c] < segment.num_anchors;
+            by_slot[c / LANES][c % LANES] = is_anchor ? -1 : 0;
+            any_by_slot |= is_anchor;
+        }
         const int64_t most = tile_rows<E>(words);
-        for (int64_t at = 0; at < count; at += most)
-            any_tile<E, V>(std::min(most, count - at), panel, (const uint32_t*)(from + at * d), words, words,
-                           (const char*)panel, 0, (Vec(*)[V])(scores + at * V));
-    }
-
-    // What a row does not see has no weight. `seen`: which of the staged rows the last columns are; null: the first ones.
-    void hide(float* scores, const int64_t* seen, int64_t num_staged) const {
-        for (int64_t row = first_row; row < stop_row; ++row) {
-            const int64_t from = std::max(row * G, first) - first, to = std::min((row + 1) * G, stop) - first;
-            const auto hide_column = [&](int64_t column) {
-                for (int64_t lane = from; lane < to; ++lane) scores[column * WIDTH + lane] = -INFINITE;
-            };
-            if (segment.stored)
-                for (int64_t i = 0; i < n; ++i)
-                    if (!segment.stored[row * segment.stored_stride + i]) hide_column(i);
-            if (seen) {
-                const uint8_t* own = segment.own + row * segment.own_stride;
-                for (int64_t i = 0; i < num_staged; ++i)
-                    if (!own[seen[i]]) hide_column(n + i);
-            } else {
-                for (int64_t i = row + 1; i < num_staged; ++i) hide_column(n + i);
-            }
+        for (; from < to; from += most) {
+            const int64_t count = std::min(most, to - from);
+            Vec found[MOST_ROWS][2], anchors[MOST_ROWS][2];
+            all_tiles<E>(count, panel, turned + from * d, words, words, found);
+            if (any_by_slot) all_tiles<E>(count, panel, anchored + from * d, words, words, anchors);
+            for (int64_t i = 0; i < count; ++i, scores += width)
+                for (int v = 0; v < 2; ++v) {
+                    const Vec score = any_by_slot ? select(by_slot[v], anchors[i][v], found[i][v]) : found[i][v];
+                    Ints visible = here[v];
+                    if (sees) {
+                        const uint8_t* bytes = sees + (first + from + i) / G * C + v * LANES;
+                        visible &= __builtin_convertvector(load<Bytes>(bytes), Ints) != 0;
+                    }
+                    narrow(select(visible, score, splat<Vec>(-INFINITE)), scores + v * LANES);
+                }
         }
     }
 
-    // Scores become weights; sums [queries, features] and `weight` grow by what the columns give
-    void weigh(Vec* scores, const Vec* most, const E* from, int64_t count, float* block, float* sums,
-               Vec* weight) const {
-        for (int64_t at = 0; at < count; at += BLOCK) {
-            const int64_t here = std::min(BLOCK, count - at);
-            Vec* const weights = scores + at * V;
-            for (int64_t i = 0; i < here * V; ++i) {
-                const Vec below = weights[i] - most[i % V];
-                weights[i] = select(below < -87.0f, Vec{}, exponential(below));
-                weight[i % V] += weights[i];
-            }
-            for (int64_t i = 0; i < here; ++i)
-                for (int64_t f = 0; f < d; f += LANES) narrow(widen(from + (at + i) * d + f, d - f), block + i * features + f);
-            int64_t f = 0;
-            for (; f + 4 * LANES <= features; f += 4 * LANES)
-                weigh_queries<4>(stop - first, (const float*)weights, WIDTH, block + f, features, here, sums + f);
-            for (; f < features; f += LANES)
-                weigh_queries<1>(stop - first, (const float*)weights, WIDTH, block + f, features, here, sums + f);
+    // `count` scores become weights in their place, one behind the other; returns the sums of those in each lane
+    Vec soften(float* scores, int64_t count) const {
+        Vec most = widen(scores);
+        for (int64_t i = LANES; i < count; i += LANES) most = larger(widen(scores + i), most);
+        float top = -INFINITE;
+        for (int lane = 0; lane < LANES; ++lane) top = std::max(top, most[lane]);
+        Vec whole = {};
+        for (int64_t i = 0; i < count; i += LANES) {
+            const Vec below = widen(scores + i) - top;
+            E* const to = (E*)scores + i;
+            narrow(select(below < -87.0f, Vec{}, exponential(below)), to);
+            whole += widen(to);
         }
+        return whole;
     }
 };
 
@@ -676,26 +682,24 @@ struct HeadAttention {
 template <class E>
 void attend(const Model& model, const Layer& layer, const Step& step, const Place& place, const Queries<E>& queries,
             void* attended) {
+    constexpr int64_t MOST_QUERIES = 64, MOST_SCORES = 1 << 17;  // which stay in the second cache
     const int64_t K = model.num_kv_heads, G = model.num_heads / K, d = model.head_dim, T = step.num_rows;
     const int64_t stride = row_words(layer.output) * 4 / sizeof(E);
     for (int64_t s = 0; s < step.num_segments; ++s) {
         const Segment& segment = place.segments[s];
-        const int64_t num_queries = segment.count * G;
-        const bool few = (num_queries + PANEL - 1) / PANEL * K < 2 * step.num_threads;
-        const int64_t width = few ? LANES : PANEL, blocks = (num_queries + width - 1) / width;
+        const int64_t num_queries = segment.count * G, fitting = MOST_SCORES / (segment.num_columns + segment.num_tail);
+        const int64_t most = std::clamp<int64_t>(fitting, TILE, MOST_QUERIES);
+        const int64_t needed = std::max((num_queries + most - 1) / most, (step.num_threads + K - 1) / K);
+        const int64_t pieces = std::min(needed, num_queries);
 #pragma omp for schedule(dynamic) nowait
-        for (int64_t unit = 0; unit < blocks * K; ++unit) {
-            const int64_t kv = unit % K, block = blocks - 1 - unit / K;
-            const int64_t first = num_queries * block / blocks, stop = num_queries * (block + 1) / blocks;
+        for (int64_t unit = 0; unit < pieces * K; ++unit) {
+            const int64_t kv = unit % K, piece = unit / K;
+            const int64_t first = num_queries * piece / pieces, stop = num_queries * (piece + 1) / pieces;
             const int64_t query = (kv * T + segment.start) * G + first;
             const E* keys = (const E*)segment.slot + place.index * segment.layer_stride + kv * segment.head_stride;
-            const E* values = keys + segment.side_stride;
-            const E *turned = queries.turned + query * d, *anchored = queries.anchored + query * d;
-            E* out = (E*)attended + segment.start * stride + kv * G * d;
-            if (few)
-                HeadAttention<E, 1>{model, segment, first, stop, keys, values, turned, anchored}.run(out, stride);
-            else
-                HeadAttention<E, 2>{model, segment, first, stop, keys, values, turned, anchored}.run(out, stride);
+            HeadAttention<E> head{model, segment, first, stop, keys, keys + segment.side_stride,
+                                  queries.turned + query * d, queries.anchored + query * d};
+            head.run((E*)attended + segment.start * stride + kv * G * d, stride);
         }
     }
 }
