@@ -61,7 +61,7 @@ class _Segment(Structure):
         ("slot", c_void_p),
         *((name, c_int64) for name in ("layer_stride", "side_stride", "head_stride", "num_stored", "num_anchors")),
         *((name, c_void_p) for name in ("anchor_turns", "columns", "tails")),
-        *((name, c_int64) for name in ("num_columns", "num_tail")),
+        *((name, c_int64) for name in ("num_columns", "num_tail", "first_in_tails")),
         ("sees", c_void_p),
     ]
 
@@ -281,7 +281,7 @@ class _Places:
             places = np.concatenate([stored, own])[members] - tail_start
             tails = np.full((count, -(-int(places.max() + 1) // BLOCK) * BLOCK), -1)
             tails[rows, places] = members
-            found.tails, found.num_tail = self._address(tails), tails.shape[1]
+            found.tails, found.num_tail, found.first_in_tails = self._address(tails), tails.shape[1], num_shared
             sees = None if sees[:, :num_shared].all() else sees
         found.columns, found.num_columns = self._address(columns), len(columns)
         if sees is not None:

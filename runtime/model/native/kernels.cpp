@@ -71,6 +71,7 @@ struct Segment {
     // share the first `num_columns`, and then, in a tree, each has `num_tail` of its own. Both in blocks of 32.
     const int64_t *columns, *tails;  // [num_columns], [count, num_tail]
     int64_t num_columns, num_tail;
+    int64_t first_in_tails;  // of the slot's rows
     const uint8_t* sees;  // [count, num_columns], or null: a row sees every shared column
 };
 
@@ -148,17 +149,28 @@ INLINE V load(const void* from) {
 
 // 16 numbers as float, and back, rounded to nearest even
 INLINE Vec widen(const float* from) { return load<Vec>(from); }
-INLINE Vec widen(const BF16* from) { return (Vec)(__builtin_convertvector(load<Halves>(from), Words) << 16); }
-INLINE void narrow(Vec value, float* to) { std::memcpy(to, &value, sizeof value); }
-INLINE void narrow(Vec value, BF16* to) {
-#if defined(__AVX512BF16__)
-    const auto halves = _mm512_cvtneps_pbh((__m512)value);
+INLINE Vec widen(Halves halves) {
+#if defined(__AVX512F__)
+    return (Vec)((Words)_mm512_cvtepu16_epi32((__m256i)halves) << 16);
 #else
-    Words bits = (Words)value;
-    bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const Halves halves = __builtin_convertvector(bits, Halves);
+    return (Vec)(__builtin_convertvector(halves, Words) << 16);
 #endif
-    std::memcpy(to, &halves, sizeof halves);
+}
+INLINE Vec widen(const BF16* from) { return widen(load<Halves>(from)); }
+INLINE Halves halves(Vec value) {
+#if defined(__AVX512BF16__)
+    return (Halves)_mm512_cvtneps_pbh((__m512)value);
+#else
+    const Words bits = (Words)value;
+    return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Halves);
+#endif
+}
+// Both return what `to` now holds
+INLINE Vec narrow(Vec value, float* to) { return std::memcpy(to, &value, sizeof value), value; }
+INLINE Vec narrow(Vec value, BF16* to) {
+    const Halves rounded = halves(value);
+    std::memcpy(to, &rounded, sizeof rounded);
+    return widen(rounded);
 }
 
 // The same for the first `count` of them; the others read as 0 and are not written
@@ -171,7 +183,7 @@ INLINE Vec widen(const E* from, int64_t count) {
 }
 template <class E>
 INLINE void narrow(Vec value, E* to, int64_t count) {
-    if (count >= LANES) return narrow(value, to);
+    if (count >= LANES) return (void)narrow(value, to);
     E all[LANES];
     narrow(value, all);
     std::memcpy(to, all, count * sizeof(E));
@@ -180,6 +192,7 @@ INLINE void narrow(Vec value, E* to, int64_t count) {
 INLINE Vec select(Ints condition, Vec yes, Vec no) { return (Vec)(((Ints)yes & condition) | ((Ints)no & ~condition)); }
 
 INLINE Vec larger(Vec a, Vec b) { return select(a > b, a, b); }
+INLINE Vec smaller(Vec a, Vec b) { return select(a < b, a, b); }
 
 INLINE float total(Vec values) {
     float sum = 0;
@@ -187,9 +200,8 @@ INLINE float total(Vec values) {
     return sum;
 }
 
-// e^x within 2 units in the last place; x is clamped to where the result is a normal number
+// e^x within 2 units in the last place, where that is a normal number: x from -87 to 88
 INLINE Vec exponential(Vec x) {
-    x = larger(splat<Vec>(-87.0f), select(x > 88.0f, splat<Vec>(88.0f), x));
     const Vec shifted = fma(x, splat<Vec>(1.44269504f), splat<Vec>(12582912.0f));  // its low bits are the exponent
     const Vec whole = shifted - 12582912.0f;
     Vec rest = fma(whole, splat<Vec>(-0.693359375f), x);
@@ -285,47 +297,52 @@ INLINE void release_matrix_unit() {}
 // Words from one row of a product's input to the next: an odd number of cache lines keeps rows in different sets
 INLINE int64_t row_words(const Matrix& m) { return round_up(m.depth, 2 * LANES) + LANES; }
 
-// sums (or 0, unless `more`) + R rows times one panel. `ahead` is fetched meanwhile, `stride` bytes
-// per word: what comes next.
+// y [R, 32], or 0 unless `more`, + R rows times one panel -> y. `ahead` is fetched meanwhile, `stride` bytes per word: what
+// comes next.
 template <class E, int R>
 void tile(const uint32_t* panel, const uint32_t* x, int64_t x_stride, int64_t depth, const char* ahead, int64_t stride,
-          Vec (*sums)[2], bool more) {
+          float* y, int64_t y_stride, bool more) {
     Vec sum[R][2] = {};
-    for (int row = 0; more && row < R; ++row)
-        for (int v = 0; v < 2; ++v) sum[row][v] = sums[row][v];
-    for (int64_t word = 0; word < depth; ++word, panel += PANEL, ahead += stride) {
-        Words weights[2];
-        for (int v = 0; v < 2; ++v) weights[v] = load<Words>(panel + v * LANES);
-        if (R > 4 && stride) __builtin_prefetch(ahead, 0, 2), __builtin_prefetch(ahead + 64, 0, 2);
+    if (more) {
 #pragma GCC unroll 16
         for (int row = 0; row < R; ++row)
-            for (int v = 0; v < 2; ++v)
-                sum[row][v] = multiply_add<E>(sum[row][v], weights[v], x[row * x_stride + word]);
+            sum[row][0] = widen(y + row * y_stride), sum[row][1] = widen(y + row * y_stride + LANES);
     }
+    for (int64_t word = 0; word < depth; ++word, panel += PANEL, ahead += stride) {
+        const Words low = load<Words>(panel), high = load<Words>(panel + LANES);
+        if (R > 4 && stride) __builtin_prefetch(ahead, 0, 2), __builtin_prefetch(ahead + 64, 0, 2);
+#pragma GCC unroll 16
+        for (int row = 0; row < R; ++row) {
+            const uint32_t input = x[row * x_stride + word];
+            sum[row][0] = multiply_add<E>(sum[row][0], low, input);
+            sum[row][1] = multiply_add<E>(sum[row][1], high, input);
+        }
+    }
+#pragma GCC unroll 16
     for (int row = 0; row < R; ++row)
-        for (int v = 0; v < 2; ++v) sums[row][v] = sum[row][v];
+        narrow(sum[row][0], y + row * y_stride), narrow(sum[row][1], y + row * y_stride + LANES);
 }
 
 template <class E, int R = TILE>
 INLINE void vector_tile(int64_t rows, const uint32_t* panel, const uint32_t* x, int64_t x_stride, int64_t depth,
-                        const char* ahead, int64_t stride, Vec (*sums)[2], bool more) {
+                        const char* ahead, int64_t stride, float* y, int64_t y_stride, bool more) {
     if constexpr (R > 1)
-        if (rows < R) return vector_tile<E, R - 1>(rows, panel, x, x_stride, depth, ahead, stride, sums, more);
-    tile<E, R>(panel, x, x_stride, depth, ahead, stride, sums, more);
+        if (rows < R) return vector_tile<E, R - 1>(rows, panel, x, x_stride, depth, ahead, stride, y, y_stride, more);
+    tile<E, R>(panel, x, x_stride, depth, ahead, stride, y, y_stride, more);
 }
 
 #if defined(__AMX_BF16__)
 // The same on the matrix unit, 16 words and up to 32 rows at a time. What it adds up for a row depends on that row only.
 void matrix_tile(int64_t rows, const uint32_t* panel, const uint32_t* x, int64_t x_stride, int64_t depth,
-                 const char* ahead, int64_t stride, Vec (*sums)[2], bool more) {
-    constexpr int BYTES = PANEL * 4;  // of a word of the panel, and of a row of sums
+                 const char* ahead, int64_t stride, float* y, int64_t y_stride, bool more) {
+    constexpr int BYTES = PANEL * 4;  // of a word of the panel
     use_rows(rows);
     const bool two = rows > LANES;
     if (more) {
-        _tile_loadd(0, sums, BYTES);
-        _tile_loadd(1, &sums[0][1], BYTES);
-        if (two) _tile_loadd(2, sums + LANES, BYTES);
-        if (two) _tile_loadd(3, &sums[LANES][1], BYTES);
+        _tile_loadd(0, y, y_stride * 4);
+        _tile_loadd(1, y + LANES, y_stride * 4);
+        if (two) _tile_loadd(2, y + LANES * y_stride, y_stride * 4);
+        if (two) _tile_loadd(3, y + LANES * y_stride + LANES, y_stride * 4);
     } else {
         _tile_zero(0);
         _tile_zero(1);
@@ -345,10 +362,10 @@ void matrix_tile(int64_t rows, const uint32_t* panel, const uint32_t* x, int64_t
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, sums, BYTES);
-    _tile_stored(1, &sums[0][1], BYTES);
-    if (two) _tile_stored(2, sums + LANES, BYTES);
-    if (two) _tile_stored(3, &sums[LANES][1], BYTES);
+    _tile_stored(0, y, y_stride * 4);
+    _tile_stored(1, y + LANES, y_stride * 4);
+    if (two) _tile_stored(2, y + LANES * y_stride, y_stride * 4);
+    if (two) _tile_stored(3, y + LANES * y_stride + LANES, y_stride * 4);
 }
 #endif
 
@@ -366,49 +383,49 @@ INLINE int64_t tile_rows(int64_t depth) {
 
 template <class E>
 INLINE void any_tile(int64_t rows, const uint32_t* panel, const void* x, int64_t x_stride, int64_t depth,
-                     const char* ahead, int64_t stride, Vec (*sums)[2], bool more = false) {
+                     const char* ahead, int64_t stride, float* y, int64_t y_stride, bool more = false) {
     const uint32_t* words = (const uint32_t*)x;
 #if defined(__AMX_BF16__)
-    if (suits_matrix_unit<E>(depth)) return matrix_tile(rows, panel, words, x_stride, depth, ahead, stride, sums, more);
+    if (suits_matrix_unit<E>(depth)) return matrix_tile(rows, panel, words, x_stride, depth, ahead, stride, y, y_stride, more);
 #endif
-    vector_tile<E>(rows, panel, words, x_stride, depth, ahead, stride, sums, more);
+    vector_tile<E>(rows, panel, words, x_stride, depth, ahead, stride, y, y_stride, more);
 }
 
 // The same for any number of rows
 template <class E>
 INLINE void all_tiles(int64_t rows, const uint32_t* panel, const void* x, int64_t x_stride, int64_t depth,
-                      Vec (*sums)[2], bool more = false) {
+                      float* y, int64_t y_stride, bool more = false) {
     const int64_t most = tile_rows<E>(depth);
     for (int64_t first = 0; first < rows; first += most)
         any_tile<E>(std::min(most, rows - first), panel, (const uint32_t*)x + first * x_stride, x_stride, depth,
-                    (const char*)panel, 0, sums + first, more);
+                    (const char*)panel, 0, y + first * y_stride, y_stride, more);
 }
 
-// x [rows, in] times the matrix; finish(row, panel, sums) takes 32 outputs of a row at a time.
+// x [rows, in] times the matrix; finish(row, panel, its 32 outputs)
 template <class E, class Finish>
 INLINE void product(const Matrix& m, const void* x, int64_t rows, Finish finish) {
     const Range mine = share(m.panels);
     const int64_t most = tile_rows<E>(m.depth), tiles = (rows + most - 1) / most;
     const int64_t stride = row_words(m), words = m.depth * PANEL;
+    alignas(64) float found[MOST_ROWS * PANEL];
     for (int64_t panel = mine.start; panel < mine.stop; ++panel)
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
-            Vec sums[MOST_ROWS][2];
             const uint32_t* weights = m.words + panel * words;
             const char* ahead = (const char*)(weights + words) + t * (words * 4 / tiles);
-            any_tile<E>(count, weights, (const uint32_t*)x + first * stride, stride, m.depth, ahead, 128 / tiles, sums);
-            for (int64_t row = 0; row < count; ++row) finish(first + row, panel, sums[row]);
+            any_tile<E>(count, weights, (const uint32_t*)x + first * stride, stride, m.depth, ahead, 128 / tiles, found,
+                        PANEL);
+            for (int64_t row = 0; row < count; ++row) finish(first + row, panel, found + row * PANEL);
         }
 }
 
 // y [rows, panels * 32] = x times the matrix, plus bias
 template <class E>
 void linear(const Matrix& m, const void* x, int64_t rows, float* y) {
-    product<E>(m, x, rows, [&](int64_t row, int64_t panel, const Vec* sums) {
-        for (int half = 0; half < 2; ++half) {
-            const int64_t out = panel * PANEL + half * LANES;
-            const Vec sum = m.bias ? sums[half] + widen(m.bias + out) : sums[half];
-            narrow(sum, y + row * m.panels * PANEL + out);
+    product<E>(m, x, rows, [&](int64_t row, int64_t panel, const float* sums) {
+        for (int64_t i = 0; i < PANEL; i += LANES) {
+            const int64_t out = panel * PANEL + i;
+            narrow(m.bias ? widen(sums + i) + widen(m.bias + out) : widen(sums + i), y + row * m.panels * PANEL + out);
         }
     });
 }
@@ -417,9 +434,10 @@ void linear(const Matrix& m, const void* x, int64_t rows, float* y) {
 template <class E>
 void gated(const Layer& layer, const void* x, int64_t rows, void* inner) {
     const int64_t stride = row_words(layer.down) * 4 / sizeof(E);
-    product<E>(layer.gate_up, x, rows, [&](int64_t row, int64_t panel, const Vec* sums) {
-        const Vec gate = sums[0], up = sums[1];
-        narrow(gate / (1.0f + exponential(-gate)) * up, (E*)inner + row * stride + panel * LANES);
+    product<E>(layer.gate_up, x, rows, [&](int64_t row, int64_t panel, const float* sums) {
+        const Vec gate = widen(sums), up = widen(sums + LANES);
+        const Vec power = larger(splat<Vec>(-87.0f), smaller(splat<Vec>(88.0f), -gate));
+        narrow(gate / (1.0f + exponential(power)) * up, (E*)inner + row * stride + panel * LANES);
     });
 }
 
@@ -530,15 +548,15 @@ INLINE void exchange(Vec* v) {
 
 constexpr int64_t BLOCK = PANEL;  // columns
 
-// The panel [words][32 columns] of a block's keys, [d] each; where there is none, 0
-template <class E>
-void make_key_panel(const E* keys, const int64_t* columns, int64_t d, uint32_t* panel) {
+// The panel [words][32 columns] of a block's keys [d]; column_at(i) is a row of the slot, or -1: 0
+template <class E, class Columns>
+INLINE void make_key_panel(const E* keys, Columns column_at, int64_t d, uint32_t* panel) {
     const int64_t words = d * sizeof(E) / 4;
     for (int64_t half = 0; half < BLOCK; half += LANES)
         for (int64_t i = 0; i < words; i += LANES) {
             Vec v[LANES];
             for (int64_t c = 0; c < LANES; ++c) {
-                const int64_t row = columns[half + c];
+                const int64_t row = column_at(half + c);
                 v[c] = row < 0 ? Vec{} : widen((const float*)(keys + row * d) + i, words - i);
             }
             exchange<8>(v), exchange<4>(v), exchange<2>(v), exchange<1>(v);
@@ -547,21 +565,34 @@ void make_key_panel(const E* keys, const int64_t* columns, int64_t d, uint32_t* 
         }
 }
 
-// The panels [words of columns][32 features] of values [d], `stride` words from one panel to the next
+// Panels [words of columns][32 features] of values [d], `stride` words from one panel to the next
 template <class E>
 void make_value_panels(const E* values, const int64_t* columns, int64_t num_columns, int64_t d, int64_t stride,
                        uint32_t* panels) {
     constexpr int64_t PER_WORD = 4 / sizeof(E);
     const auto value = [&](int64_t column, int64_t f) {
         const int64_t row = columns[column];
-        return row < 0 || f >= d ? Vec{} : widen(values + row * d + f, d - f);
+        return row < 0 || f >= d ? Words{} : (Words)widen(values + row * d + f, d - f);
     };
     for (int64_t column = 0; column < num_columns; column += PER_WORD, panels += PANEL)
         for (int64_t f = 0; f < round_up(d, PANEL); f += LANES) {
-            Words word = (Words)value(column, f);
-            if constexpr (PER_WORD == 2) word = (word >> 16) | (Words)value(column + 1, f);
+            Words word = value(column, f);
+            if constexpr (PER_WORD == 2) word = word >> 16 | value(column + 1, f);
             narrow((Vec)word, (float*)panels + f / PANEL * stride + f % PANEL);
         }
+}
+
+// Put one column's value into its place there
+template <class E>
+void put_value(const E* value, int64_t column, int64_t d, int64_t stride, uint32_t* panels) {
+    constexpr int64_t PER_WORD = 4 / sizeof(E);
+    const uint32_t keep = PER_WORD == 1 ? 0 : column % 2 ? 0x0000ffffu : 0xffff0000u;
+    for (int64_t f = 0; f < d; f += LANES) {
+        float* to = (float*)panels + column / PER_WORD * PANEL + f / PANEL * stride + f % PANEL;
+        Words word = (Words)widen(value + f, d - f);
+        if (PER_WORD == 2 && column % 2 == 0) word >>= 16;
+        narrow((Vec)(word | ((Words)widen(to) & keep)), to);
+    }
 }
 
 // Some queries of a segment over one KV head: first to stop - 1 of the [count * G] that it has.
@@ -573,91 +604,133 @@ struct HeadAttention {
     const E *keys, *values;      // of the slot
     const E *turned, *anchored;  // [queries, d]
     const int64_t d = model.head_dim, G = model.num_heads / model.num_kv_heads, num_queries = stop - first;
-    const int64_t words = d * sizeof(E) / 4, panels = (d + PANEL - 1) / PANEL;
-    const int64_t C = segment.num_columns, width = C + segment.num_tail;  // of a query's scores
-    const int64_t panel_words = width * sizeof(E) / 4 * PANEL;            // of values
+    const int64_t words = d * sizeof(E) / 4, features = round_up(d, PANEL);
+    const int64_t C = segment.num_columns, tail = segment.num_tail, width = C + tail;  // of a query's scores
+    // In a tree the rows' own columns hold these rows of the slot. Their keys are multiplied once for all queries.
+    const int64_t in_tails = tail ? segment.num_stored + (stop - 1) / G + 1 - segment.first_in_tails : 0;
+    const int64_t tail_width = round_up(in_tails, BLOCK);
+    const int64_t panel_words = std::max(C, tail) * sizeof(E) / 4 * PANEL;  // of values
+    uint32_t *key_panel, *value_panels;
+    float *scores, *tail_scores, *sums;  // [queries, width], [queries, tail_width], [queries, features]
+    Vec* wholes;                         // [queries]
 
     void run(E* out, int64_t out_stride) {
-        static thread_local std::vector<Vec> memory;
-        const int64_t sizes[] = {words * BLOCK, panels * panel_words, num_queries * width, num_queries * LANES,
-                                 panels * num_queries * PANEL};  // in words
-        int64_t needed = 0;
-        for (int64_t size : sizes) needed += round_up(size, LANES) / LANES;
-        if ((int64_t)memory.size() < needed) memory.resize(needed);
-        uint32_t* const key_panel = (uint32_t*)memory.data();
-        uint32_t* const value_panels = key_panel + sizes[0];
-        float* const scores = (float*)(value_panels + sizes[1]);
-        Vec* const wholes = (Vec*)(scores + sizes[2]);
-        Vec(*const sums)[2] = (Vec(*)[2])(wholes + num_queries);  // [panels][queries]
-
-        for (int64_t at = 0; at < C; at += BLOCK)
-            score(key_panel, segment.columns + at, segment.sees ? segment.sees + at : nullptr, 0, num_queries, scores + at);
-        each_tail([&](int64_t query, int64_t count, const int64_t* columns, int64_t num_columns) {
-            for (int64_t at = 0; at < num_columns; at += BLOCK)
-                score(key_panel, columns + at, nullptr, query, query + count, scores + query * width + C + at);
-            for (int64_t i = query; i < query + count; ++i) wholes[i] = soften(scores + i * width, C + num_columns);
-        });
-        if (!segment.tails)
-            for (int64_t i = 0; i < num_queries; ++i) wholes[i] = soften(scores + i * width, C);
-
+        take_memory();
+        for (int64_t at = 0; at < C; at += BLOCK) score(at);
+        for (int64_t at = 0; at < in_tails; at += BLOCK) score_tails(at);
+        for (int64_t query = 0; query < num_queries; ++query) {
+            if (tail) collect_tail(query);
+            wholes[query] = soften(scores + query * width, C + (tail ? tail_of(query) : 0));
+        }
         make_value_panels(values, segment.columns, C, d, panel_words, value_panels);
-        for (int64_t p = 0; p < panels; ++p)
-            all_tiles<E>(num_queries, value_panels + p * panel_words, scores, width, C * sizeof(E) / 4, sums + p * num_queries);
-        each_tail([&](int64_t query, int64_t count, const int64_t* columns, int64_t num_columns) {
-            make_value_panels(values, columns, num_columns, d, panel_words, value_panels);
-            for (int64_t p = 0; p < panels; ++p)
-                all_tiles<E>(count, value_panels + p * panel_words, (const E*)(scores + query * width) + C, width,
-                             num_columns * sizeof(E) / 4, sums + p * num_queries + query, true);
-        });
+        for (int64_t f = 0; f < features; f += PANEL)
+            all_tiles<E>(num_queries, value_panels + f / PANEL * panel_words, scores, width, C * sizeof(E) / 4, sums + f,
+                         features);
+        if (tail) weigh_tails();
         for (int64_t query = 0; query < num_queries; ++query) {
             const float whole = total(wholes[query]);
             E* to = out + (first + query) / G * out_stride + (first + query) % G * d;
-            for (int64_t f = 0; f < d; f += LANES)
-                narrow(sums[f / PANEL * num_queries + query][f % PANEL / LANES] / whole, to + f, d - f);
+            for (int64_t f = 0; f < d; f += LANES) narrow(widen(sums + query * features + f) / whole, to + f, d - f);
         }
     }
 
    private:
-    // In a tree, work(query, how many of the same row, that row's columns, how many)
-    template <class Work>
-    void each_tail(Work work) const {
-        for (int64_t query = first; segment.tails && query < stop;) {
-            const int64_t row = query / G, next = std::min((row + 1) * G, stop);
-            const int64_t* columns = segment.tails + row * segment.num_tail;
-            int64_t count = segment.num_tail;
-            while (count > 0 && columns[count - 1] < 0) --count;
-            work(query - first, next - query, columns, round_up(count, BLOCK));
-            query = next;
+    void take_memory() {
+        static thread_local std::vector<Vec> memory;
+        int64_t needed = 0;
+        for (int pass = 0; pass < 2; ++pass) {
+            Vec* free = memory.data();
+            const auto take = [&](auto*& place, int64_t count) {
+                place = (std::remove_reference_t<decltype(place)>)free;
+                free += round_up(count, LANES) / LANES;
+            };
+            take(key_panel, words * BLOCK);
+            take(value_panels, panel_words * features / PANEL);
+            take(scores, num_queries * width);
+            take(tail_scores, num_queries * tail_width);
+            take(sums, num_queries * features);
+            take(wholes, num_queries * LANES);
+            needed = free - memory.data();
+            if ((int64_t)memory.size() >= needed) break;
+            memory.resize(needed);
         }
     }
 
-    // Scores of queries `from` to `to` - 1 over a block of columns
-    void score(uint32_t* panel, const int64_t* columns, const uint8_t* sees, int64_t from, int64_t to, float* scores) const {
-        make_key_panel(keys, columns, d, panel);
-        Ints here[2], by_slot[2];
-        bool any_by_slot = false;
+    // Scores over a block of shared columns
+    void score(int64_t at) const {
+        const int64_t* columns = segment.columns + at;
+        make_key_panel(keys, [&](int64_t c) { return columns[c]; }, d, key_panel);
+        all_tiles<E>(num_queries, key_panel, turned, words, words, scores + at, width);
+        const bool is_whole = std::all_of(columns, columns + BLOCK, [](int64_t row) { return row >= 0; });
+        const bool has_anchors =
+            std::any_of(columns, columns + BLOCK, [&](int64_t row) { return row >= 0 && row < segment.num_anchors; });
+        if (is_whole && !has_anchors && !segment.sees) return;
+
+        Ints hold[2], is_anchor[2];
         for (int64_t c = 0; c < BLOCK; ++c) {
-            here[c / LANES][c % LANES] = columns[c] < 0 ? 0 : -1;
-            const bool is_anchor = columns[c] >= 0 && columns[c] < segment.num_anchors;
-            by_slot[c / LANES][c % LANES] = is_anchor ? -1 : 0;
-            any_by_slot |= is_anchor;
+            hold[c / LANES][c % LANES] = columns[c] < 0 ? 0 : -1;
+            is_anchor[c / LANES][c % LANES] = columns[c] < segment.num_anchors ? -1 : 0;
         }
-        const int64_t most = tile_rows<E>(words);
-        for (; from < to; from += most) {
-            const int64_t count = std::min(most, to - from);
-            Vec found[MOST_ROWS][2], anchors[MOST_ROWS][2];
-            all_tiles<E>(count, panel, turned + from * d, words, words, found);
-            if (any_by_slot) all_tiles<E>(count, panel, anchored + from * d, words, words, anchors);
-            for (int64_t i = 0; i < count; ++i, scores += width)
-                for (int v = 0; v < 2; ++v) {
-                    const Vec score = any_by_slot ? select(by_slot[v], anchors[i][v], found[i][v]) : found[i][v];
-                    Ints visible = here[v];
-                    if (sees) {
-                        const uint8_t* bytes = sees + (first + from + i) / G * C + v * LANES;
-                        visible &= __builtin_convertvector(load<Bytes>(bytes), Ints) != 0;
-                    }
-                    narrow(select(visible, score, splat<Vec>(-INFINITE)), scores + v * LANES);
-                }
+        alignas(64) float by_slot[PANEL] = {};
+        for (int64_t query = 0; query < num_queries; ++query) {
+            if (has_anchors) all_tiles<E>(1, key_panel, anchored + query * d, words, words, by_slot, PANEL);
+            const uint8_t* sees = segment.sees ? segment.sees + (first + query) / G * C + at : nullptr;
+            for (int v = 0; v < 2; ++v) {
+                float* to = scores + query * width + at + v * LANES;
+                const Vec score = has_anchors ? select(is_anchor[v], widen(by_slot + v * LANES), widen(to)) : widen(to);
+                Ints visible = hold[v];
+                if (sees) visible &= __builtin_convertvector(load<Bytes>(sees + v * LANES), Ints) != 0;
+                narrow(select(visible, score, splat<Vec>(-INFINITE)), to);
+            }
+        }
+    }
+
+    // Scores over 32 of the slot's rows that are in tails
+    void score_tails(int64_t at) const {
+        const auto column_at = [&](int64_t c) { return at + c < in_tails ? segment.first_in_tails + at + c : -1; };
+        make_key_panel(keys, column_at, d, key_panel);
+        all_tiles<E>(num_queries, key_panel, turned, words, words, tail_scores + at, tail_width);
+        const int64_t anchors = segment.num_anchors - segment.first_in_tails - at;
+        alignas(64) float by_slot[PANEL];
+        for (int64_t query = 0; anchors > 0 && query < num_queries; ++query) {
+            all_tiles<E>(1, key_panel, anchored + query * d, words, words, by_slot, PANEL);
+            std::copy_n(by_slot, std::min(anchors, BLOCK), tail_scores + query * tail_width + at);
+        }
+    }
+
+    const int64_t* tail_columns(int64_t query) const { return segment.tails + (first + query) / G * tail; }
+
+    // How many of its columns a query's row needs, in whole blocks
+    int64_t tail_of(int64_t query) const {
+        const int64_t* columns = tail_columns(query);
+        int64_t count = tail;
+        while (count > 0 && columns[count - 1] < 0) --count;
+        return round_up(count, BLOCK);
+    }
+
+    void collect_tail(int64_t query) const {
+        const int64_t *columns = tail_columns(query), count = tail_of(query);
+        const float* from = tail_scores + query * tail_width - segment.first_in_tails;
+        float* to = scores + query * width + C;
+        for (int64_t c = 0; c < count; ++c) to[c] = columns[c] < 0 ? -INFINITE : from[columns[c]];
+    }
+
+    // What the rows' own columns add to the sums. From row to row only the values in columns that differ are put in
+    // place; what stays in a column that a row does not use has weight 0.
+    void weigh_tails() const {
+        static thread_local std::vector<int64_t> holds;
+        holds.assign(tail, -1);
+        std::fill_n(value_panels, panel_words * features / PANEL, 0);
+        for (int64_t query = 0; query < num_queries;) {
+            const int64_t *columns = tail_columns(query), count = tail_of(query);
+            const int64_t next = std::min(((first + query) / G + 1) * G - first, num_queries);
+            for (int64_t c = 0; c < count; ++c)
+                if (columns[c] >= 0 && columns[c] != holds[c])
+                    put_value(values + (holds[c] = columns[c]) * d, c, d, panel_words, value_panels);
+            for (int64_t f = 0; f < features; f += PANEL)
+                all_tiles<E>(next - query, value_panels + f / PANEL * panel_words, (E*)(scores + query * width) + C, width,
+                             count * sizeof(E) / 4, sums + query * features + f, features, true);
+            query = next;
         }
     }
 
@@ -670,9 +743,7 @@ struct HeadAttention {
         Vec whole = {};
         for (int64_t i = 0; i < count; i += LANES) {
             const Vec below = widen(scores + i) - top;
-            E* const to = (E*)scores + i;
-            narrow(select(below < -87.0f, Vec{}, exponential(below)), to);
-            whole += widen(to);
+            whole += narrow(select(below < -87.0f, Vec{}, exponential(below)), (E*)scores + i);
         }
         return whole;
     }
