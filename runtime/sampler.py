@@ -8,6 +8,8 @@ is the same on every rank, so candidates can be verified by equality.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -19,36 +21,74 @@ PREFIX = 1024
 """Likeliest tokens looked at first for top-p; a full sort only where they do not reach it."""
 
 
+BLOCK = 128
+"""Logits per block in the search for the likeliest tokens: the k likeliest stand in the k blocks with the largest."""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Rows of logits over this shard's slice of the vocabulary, and in blocks, which are searched but once."""
+
+    values: torch.Tensor  # float32 [R, V_local]
+    blocks: torch.Tensor  # [R, blocks, BLOCK], -inf behind the last
+    largest: torch.Tensor  # [R, blocks]
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> Logits:
+        short = -values.shape[1] % BLOCK
+        padded = torch.nn.functional.pad(values, (0, short), value=-torch.inf) if short else values
+        blocks = padded.unflatten(1, (-1, BLOCK))
+        return cls(values, blocks, blocks.amax(2))
+
+    def best(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest of each row and where it stands, [R] each: the first one of equals."""
+        values, block = self.largest.max(dim=1)
+        place = self.blocks[torch.arange(len(block), device=block.device), block].argmax(dim=1)
+        return values, block * BLOCK + place
+
+    def top(self, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Values [R, k] and places [R, k] of the largest, and the log-sum-exp [R] of the other blocks' largest."""
+        if self.largest.shape[1] <= k:
+            values, places = self.values.topk(min(k, self.values.shape[1]))
+            missing = k - values.shape[1]
+            values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
+            return values, torch.nn.functional.pad(places, (0, missing)), values.new_full((len(values),), -torch.inf)
+        found = self.largest.topk(k).indices
+        values, places = self.blocks.gather(1, found[:, :, None].expand(-1, -1, BLOCK)).flatten(1).topk(k)
+        places = found.gather(1, places // BLOCK) * BLOCK + places % BLOCK
+        return values, places, self.largest.scatter(1, found, -torch.inf).logsumexp(1)
+
+
 def choose_tokens(
-    logits: torch.Tensor, rows: Int32, sequences: Int32, mesh: Mesh, vocab_range: tuple[int, int]
+    logits: Logits, rows: Int32, sequences: Int32, mesh: Mesh, vocab_range: tuple[int, int]
 ) -> torch.Tensor:
     """The token each row chooses, the same on every TP rank. [R] int64
 
     Args:
-        logits: this shard's slice of the vocabulary, float32. [R, V_local]
+        logits: this shard's slice of the vocabulary, of R rows.
         rows: the rows of the plan the logits belong to. [R, len(Row)]
         sequences: their sequences' parameters, line by line. [R, len(Seq)]
         vocab_range: the ids the slice covers, [start, stop).
     """
     temperature = sequences[:, Seq.TEMPERATURE].view(np.float32)
     sampled = np.flatnonzero((rows[:, Row.CHOOSE] == Choose.SAMPLE) & (temperature > 0))
-    chosen = _argmax(logits, mesh, vocab_range)
+    chosen = _best_of_shards(*logits.best(), mesh, vocab_range)
     if not len(sampled):
         return chosen
-    index = upload(sampled, logits.device)
-    scores = _scores(logits[index], rows[sampled], sequences[sampled], mesh, vocab_range)
-    chosen[index] = _argmax(scores, mesh, vocab_range)
+    index = upload(sampled, logits.values.device)
+    scores = _scores(logits.values[index], rows[sampled], sequences[sampled], mesh, vocab_range)
+    chosen[index] = _best_of_shards(*scores.max(dim=-1), mesh, vocab_range)
     return chosen
 
 
-def top_tokens(logits: torch.Tensor, k: int, mesh: Mesh, vocab_range: tuple[int, int]) -> torch.Tensor:
+def top_tokens(logits: Logits, k: int, mesh: Mesh, vocab_range: tuple[int, int]) -> torch.Tensor:
     """The k likeliest tokens of each row, likeliest first, packed as `id << TOP_BITS | sixteenths of a nat`. [R, k]
 
     What the tokens outside contribute to the softmax is taken from the largest logit of each block they stand in: a
     lower bound, and several times cheaper than all the exponentials. The likelihoods only rank guesses.
     """
-    values, ids, rest = _shard_top(logits, k)
-    ids = ids + vocab_range[0]
+    values, places, rest = logits.top(k)
+    ids = places + vocab_range[0]
     if mesh.tp > 1:
         shards = mesh.all_gather(torch.cat([values.double(), ids.double(), rest[:, None].double()], dim=1))
         values, ids, rests = (torch.stack(part) for part in zip(*(s.split([k, k, 1], 1) for s in shards), strict=True))
@@ -60,31 +100,11 @@ def top_tokens(logits: torch.Tensor, k: int, mesh: Mesh, vocab_range: tuple[int,
     return ids << TOP_BITS | steps.long()
 
 
-BLOCK = 128
-"""Logits per block in the search for the likeliest tokens: the k likeliest stand in the k blocks with the largest."""
-
-
-def _shard_top(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Values [R, k] and indices [R, k] of the largest logits, and the log-sum-exp [R] of the other blocks' largest."""
-    short = -logits.shape[1] % BLOCK
-    padded = torch.nn.functional.pad(logits, (0, short), value=-torch.inf) if short else logits
-    blocks = padded.unflatten(1, (-1, BLOCK))
-    largest = blocks.amax(2)
-    if largest.shape[1] <= k:
-        values, ids = padded.topk(min(k, padded.shape[1]))
-        missing = k - values.shape[1]
-        values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
-        return values, torch.nn.functional.pad(ids, (0, missing)), values.new_full((len(values),), -torch.inf)
-    found = largest.topk(k).indices
-    values, places = blocks.gather(1, found[:, :, None].expand(-1, -1, BLOCK)).flatten(1).topk(k)
-    ids = found.gather(1, places // BLOCK) * BLOCK + places % BLOCK
-    return values, ids, largest.scatter(1, found, -torch.inf).logsumexp(1)
-
-
-def _argmax(scores: torch.Tensor, mesh: Mesh, vocab_range: tuple[int, int]) -> torch.Tensor:
-    """Ids of the largest scores over all shards; (value, id) pairs travel, not scores. [R]"""
-    values, ids = scores.max(dim=-1)
-    ids = ids + vocab_range[0]
+def _best_of_shards(
+    values: torch.Tensor, places: torch.Tensor, mesh: Mesh, vocab_range: tuple[int, int]
+) -> torch.Tensor:
+    """Ids of the largest over all shards, given those of this one; (value, id) pairs travel, not scores. [R]"""
+    ids = places + vocab_range[0]
     if mesh.tp == 1:
         return ids
     pairs = torch.stack([values.double(), ids.double()])  # a float64 holds every id exactly

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from runtime.mesh import Mesh
-from runtime.sampler import _least_kept, choose_tokens, gumbel, top_tokens
+from runtime.sampler import Logits, _least_kept, choose_tokens, gumbel, top_tokens
 from runtime.step import TOP_BITS, Choose, Row, Seq
 
 
@@ -27,7 +27,7 @@ def rows_at(positions, choose=Choose.SAMPLE) -> np.ndarray:
 
 
 def choose(logits, rows, parameters) -> np.ndarray:
-    return choose_tokens(logits, rows, parameters, Mesh(), (0, logits.shape[1])).numpy()
+    return choose_tokens(Logits.of(logits), rows, parameters, Mesh(), (0, logits.shape[1])).numpy()
 
 
 LOGITS = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2
@@ -100,7 +100,7 @@ def test_noise_can_be_computed_in_parts():
 def test_the_likeliest_tokens_are_those_of_a_full_sort(vocabulary, k):
     generator = torch.Generator().manual_seed(vocabulary + k)
     logits = torch.randn(6, vocabulary, generator=generator) * 4
-    packed = top_tokens(logits, k, Mesh(), (0, vocabulary))
+    packed = top_tokens(Logits.of(logits), k, Mesh(), (0, vocabulary))
     best = logits.topk(k)
     assert torch.equal(packed >> TOP_BITS, best.indices)
     nats = (packed & (1 << TOP_BITS) - 1) / 16.0
@@ -109,7 +109,14 @@ def test_the_likeliest_tokens_are_those_of_a_full_sort(vocabulary, k):
     assert (nats <= exact + 0.04).all() and (nats >= exact - 1.5).all()
 
 
+def test_of_equal_logits_the_first_one_is_chosen():
+    logits = torch.zeros(3, 1000)
+    logits[1, [300, 299, 900]] = 2.0
+    logits[2, 130:400] = 1.0
+    assert choose(logits, rows_at([0, 1, 2]), np.stack([table(temperature=0.0)] * 3)).tolist() == [0, 299, 130]
+
+
 def test_the_likeliest_of_fewer_tokens_than_asked_for_are_all_of_them():
-    packed = top_tokens(torch.tensor([[0.0, 3.0, 1.0]]), 5, Mesh(), (0, 3))
+    packed = top_tokens(Logits.of(torch.tensor([[0.0, 3.0, 1.0]])), 5, Mesh(), (0, 3))
     assert (packed >> TOP_BITS)[0, :3].tolist() == [1, 2, 0]
     assert (packed & (1 << TOP_BITS) - 1)[0, 3:].tolist() == [255, 255]
