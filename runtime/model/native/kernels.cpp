@@ -72,7 +72,7 @@ struct Segment {
     const int64_t *columns, *tails;  // [num_columns], [count, num_tail]
     int64_t num_columns, num_tail;
     int64_t first_in_tails;  // of the slot's rows
-    const uint8_t* sees;  // [count, num_columns], or null: a row sees every shared column
+    const uint8_t* sees;  // [count, num_columns], or null: of the shared columns a row sees all that hold rows up to itself
 };
 
 struct Place {  // of a layer
@@ -189,6 +189,15 @@ INLINE void narrow(Vec value, E* to, int64_t count) {
     std::memcpy(to, all, count * sizeof(E));
 }
 
+// 16 truth values as masks
+INLINE Ints flags(const uint8_t* from) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtepu8_epi32(load<__m128i>(from)) != 0;
+#else
+    return __builtin_convertvector(load<Bytes>(from), Ints) != 0;
+#endif
+}
+
 INLINE Vec select(Ints condition, Vec yes, Vec no) { return (Vec)(((Ints)yes & condition) | ((Ints)no & ~condition)); }
 
 INLINE Vec larger(Vec a, Vec b) { return select(a > b, a, b); }
@@ -297,6 +306,8 @@ INLINE void release_matrix_unit() {}
 // Words from one row of a product's input to the next: an odd number of cache lines keeps rows in different sets
 INLINE int64_t row_words(const Matrix& m) { return round_up(m.depth, 2 * LANES) + LANES; }
 
+constexpr int64_t AHEAD = 14 * LANES * PANEL * 4;  // bytes; measured
+
 // y [R, 32], or 0 unless `more`, + R rows times one panel -> y. `ahead` is fetched meanwhile, `stride` bytes per word: what
 // comes next.
 template <class E, int R>
@@ -333,6 +344,7 @@ INLINE void vector_tile(int64_t rows, const uint32_t* panel, const uint32_t* x, 
 
 #if defined(__AMX_BF16__)
 // The same on the matrix unit, 16 words and up to 32 rows at a time. What it adds up for a row depends on that row only.
+// `ahead` moves along with the panel.
 void matrix_tile(int64_t rows, const uint32_t* panel, const uint32_t* x, int64_t x_stride, int64_t depth,
                  const char* ahead, int64_t stride, float* y, int64_t y_stride, bool more) {
     constexpr int BYTES = PANEL * 4;  // of a word of the panel
@@ -349,17 +361,24 @@ void matrix_tile(int64_t rows, const uint32_t* panel, const uint32_t* x, int64_t
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int64_t word = 0; word < depth; word += LANES) {
-        for (int64_t line = 0; line < LANES * stride; line += 64) __builtin_prefetch(ahead + line, 0, 2);
-        ahead += LANES * stride;
+    // Fetched between the products, since a core can wait for a dozen lines only
+    const auto fetch = [&](int part) {
+        for (int64_t line = part * 4 * stride; line < (part + 1) * 4 * stride; line += 64)
+            __builtin_prefetch(ahead + line, 0, 2);
+    };
+    for (int64_t word = 0; word < depth; word += LANES, ahead += LANES * PANEL * 4) {
         _tile_loadd(4, x + word, x_stride * 4);
         _tile_loadd(6, panel + word * PANEL, BYTES);
+        fetch(0);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, panel + word * PANEL + LANES, BYTES);
+        fetch(1);
         _tile_dpbf16ps(1, 4, 7);
         if (!two) continue;
         _tile_loadd(5, x + LANES * x_stride + word, x_stride * 4);
+        fetch(2);
         _tile_dpbf16ps(2, 5, 6);
+        fetch(3);
         _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, y, y_stride * 4);
@@ -412,7 +431,8 @@ INLINE void product(const Matrix& m, const void* x, int64_t rows, Finish finish)
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
             const uint32_t* weights = m.words + panel * words;
-            const char* ahead = (const char*)(weights + words) + t * (words * 4 / tiles);
+            const char* ahead = suits_matrix_unit<E>(m.depth) ? (const char*)weights + AHEAD
+                                                              : (const char*)(weights + words) + t * (words * 4 / tiles);
             any_tile<E>(count, weights, (const uint32_t*)x + first * stride, stride, m.depth, ahead, 128 / tiles, found,
                         PANEL);
             for (int64_t row = 0; row < count; ++row) finish(first + row, panel, found + row * PANEL);
@@ -606,26 +626,27 @@ struct HeadAttention {
     const int64_t d = model.head_dim, G = model.num_heads / model.num_kv_heads, num_queries = stop - first;
     const int64_t words = d * sizeof(E) / 4, features = round_up(d, PANEL);
     const int64_t C = segment.num_columns, tail = segment.num_tail, width = C + tail;  // of a query's scores
+    const int64_t shared = seen_columns();
     // In a tree the rows' own columns hold these rows of the slot. Their keys are multiplied once for all queries.
     const int64_t in_tails = tail ? segment.num_stored + (stop - 1) / G + 1 - segment.first_in_tails : 0;
     const int64_t tail_width = round_up(in_tails, BLOCK);
     const int64_t panel_words = std::max(C, tail) * sizeof(E) / 4 * PANEL;  // of values
-    uint32_t *key_panel, *value_panels;
-    float *scores, *tail_scores, *sums;  // [queries, width], [queries, tail_width], [queries, features]
-    Vec* wholes;                         // [queries]
+    uint32_t *key_panel = nullptr, *value_panels = nullptr;
+    float *scores = nullptr, *tail_scores = nullptr, *sums = nullptr;  // [queries, width], [queries, tail_width], [queries, features]
+    Vec* wholes = nullptr;  // [queries]
 
     void run(E* out, int64_t out_stride) {
         take_memory();
-        for (int64_t at = 0; at < C; at += BLOCK) score(at);
+        for (int64_t at = 0; at < shared; at += BLOCK) score(at);
         for (int64_t at = 0; at < in_tails; at += BLOCK) score_tails(at);
         for (int64_t query = 0; query < num_queries; ++query) {
             if (tail) collect_tail(query);
-            wholes[query] = soften(scores + query * width, C + (tail ? tail_of(query) : 0));
+            wholes[query] = soften(scores + query * width, shared + (tail ? tail_of(query) : 0));
         }
-        make_value_panels(values, segment.columns, C, d, panel_words, value_panels);
+        make_value_panels(values, segment.columns, shared, d, panel_words, value_panels);
         for (int64_t f = 0; f < features; f += PANEL)
-            all_tiles<E>(num_queries, value_panels + f / PANEL * panel_words, scores, width, C * sizeof(E) / 4, sums + f,
-                         features);
+            all_tiles<E>(num_queries, value_panels + f / PANEL * panel_words, scores, width, shared * sizeof(E) / 4,
+                         sums + f, features);
         if (tail) weigh_tails();
         for (int64_t query = 0; query < num_queries; ++query) {
             const float whole = total(wholes[query]);
@@ -635,6 +656,15 @@ struct HeadAttention {
     }
 
    private:
+    // The columns up to the last one that any of the queries sees
+    int64_t seen_columns() const {
+        const int64_t last = segment.num_stored + (stop - 1) / G;
+        const auto sees = [&](int64_t row) { return row >= 0 && row <= last; };
+        int64_t count = C;
+        while (count > BLOCK && std::none_of(segment.columns + count - BLOCK, segment.columns + count, sees)) count -= BLOCK;
+        return count;
+    }
+
     void take_memory() {
         static thread_local std::vector<Vec> memory;
         int64_t needed = 0;
@@ -661,25 +691,24 @@ struct HeadAttention {
         const int64_t* columns = segment.columns + at;
         make_key_panel(keys, [&](int64_t c) { return columns[c]; }, d, key_panel);
         all_tiles<E>(num_queries, key_panel, turned, words, words, scores + at, width);
-        const bool is_whole = std::all_of(columns, columns + BLOCK, [](int64_t row) { return row >= 0; });
+        const int64_t last = segment.num_stored + first / G;  // what all queries see
+        const bool is_whole = std::all_of(columns, columns + BLOCK, [&](int64_t row) { return row >= 0 && row <= last; });
         const bool has_anchors =
             std::any_of(columns, columns + BLOCK, [&](int64_t row) { return row >= 0 && row < segment.num_anchors; });
         if (is_whole && !has_anchors && !segment.sees) return;
 
-        Ints hold[2], is_anchor[2];
-        for (int64_t c = 0; c < BLOCK; ++c) {
-            hold[c / LANES][c % LANES] = columns[c] < 0 ? 0 : -1;
-            is_anchor[c / LANES][c % LANES] = columns[c] < segment.num_anchors ? -1 : 0;
-        }
+        Ints rows[2];
+        for (int64_t c = 0; c < BLOCK; ++c) rows[c / LANES][c % LANES] = (int32_t)columns[c];
         alignas(64) float by_slot[PANEL] = {};
         for (int64_t query = 0; query < num_queries; ++query) {
+            const int64_t row = (first + query) / G;
             if (has_anchors) all_tiles<E>(1, key_panel, anchored + query * d, words, words, by_slot, PANEL);
-            const uint8_t* sees = segment.sees ? segment.sees + (first + query) / G * C + at : nullptr;
             for (int v = 0; v < 2; ++v) {
                 float* to = scores + query * width + at + v * LANES;
-                const Vec score = has_anchors ? select(is_anchor[v], widen(by_slot + v * LANES), widen(to)) : widen(to);
-                Ints visible = hold[v];
-                if (sees) visible &= __builtin_convertvector(load<Bytes>(sees + v * LANES), Ints) != 0;
+                const Ints is_anchor = rows[v] < (int32_t)segment.num_anchors;
+                const Vec score = has_anchors ? select(is_anchor, widen(by_slot + v * LANES), widen(to)) : widen(to);
+                Ints visible = (rows[v] >= 0) & (rows[v] <= (int32_t)(segment.num_stored + row));
+                if (segment.sees) visible &= flags(segment.sees + row * C + at + v * LANES);
                 narrow(select(visible, score, splat<Vec>(-INFINITE)), to);
             }
         }
