@@ -200,8 +200,14 @@ INLINE Ints flags(const uint8_t* from) {
 
 INLINE Vec select(Ints condition, Vec yes, Vec no) { return (Vec)(((Ints)yes & condition) | ((Ints)no & ~condition)); }
 
-INLINE Vec larger(Vec a, Vec b) { return select(a > b, a, b); }
-INLINE Vec smaller(Vec a, Vec b) { return select(a < b, a, b); }
+INLINE Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return select(a > b, a, b);
+#endif
+}
+INLINE Vec smaller(Vec a, Vec b) { return -larger(-a, -b); }
 
 INLINE float total(Vec values) {
     float sum = 0;
@@ -489,11 +495,26 @@ struct Queries {
     E *turned, *anchored;  // at the row's position; at its slot
 };
 
-// Pairs (re, im) times pairs (cosine, sine)
-INLINE void turn(const float* from, const float* turns, int64_t head_dim, float* to) {
-    for (int64_t i = 0; i < head_dim; i += 2) {
-        to[i] = __builtin_fmaf(-from[i + 1], turns[i + 1], from[i] * turns[i]);
-        to[i + 1] = __builtin_fmaf(from[i + 1], turns[i], from[i] * turns[i + 1]);
+#define ALL(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
+#if defined(__clang__)
+#define EVERY(v, f) __builtin_shufflevector(v, v, ALL(f))
+#else
+#define EVERY(v, f) __builtin_shuffle(v, Ints{ALL(f)})
+#endif
+#define EVEN(lane) ((lane) & ~1)
+#define ODD(lane) ((lane) | 1)
+#define OTHER(lane) ((lane) ^ 1)
+
+// Pairs (re, im) times pairs (cosine, sine), or unchanged where those are null, to where they are kept
+template <class E>
+INLINE void put_head(const float* from, const float* turns, int64_t head_dim, E* to) {
+    for (int64_t i = 0; i < head_dim; i += LANES) {
+        Vec value = widen(from + i, head_dim - i);
+        if (turns) {
+            const Vec turn = widen(turns + i, head_dim - i), sine = EVERY(turn, ODD);
+            value = fma(EVERY(value, OTHER), select((LANE & 1) == 0, -sine, sine), value * EVERY(turn, EVEN));
+        }
+        narrow(value, to + i, head_dim - i);
     }
 }
 
@@ -510,39 +531,33 @@ INLINE void normalize_head(float* head, const float* weight, int64_t head_dim, f
 // Norm and rotation of one head's row: queries go to `queries`, keys and values behind the stored ones in the cache.
 template <class E>
 void place_head(const Model& model, const Layer& layer, const Step& step, const Segment& segment, int64_t index,
-                int64_t row, int64_t head, float* values, const Queries<E>& queries, float* buffer) {
+                int64_t row, int64_t head, float* values, const Queries<E>& queries) {
     const int64_t H = model.num_heads, K = model.num_kv_heads, G = H / K, d = model.head_dim, T = step.num_rows;
     const int64_t at = segment.start + row;
-    const auto put = [d](const float* from, E* to) {
-        for (int64_t i = 0; i < d; i += LANES) narrow(widen(from + i, d - i), to + i, d - i);
-    };
     if (layer.head_norm && head < H + K) normalize_head(values, layer.head_norm + head * d, d, (float)model.eps);
     if (head < H) {
         const int64_t to = ((head / G * T + at) * G + head % G) * d;
-        turn(values, step.query_turns + at * d, d, buffer);
-        put(buffer, queries.turned + to);
-        if (segment.num_anchors) turn(values, segment.anchor_turns + row * d, d, buffer), put(buffer, queries.anchored + to);
+        put_head(values, step.query_turns + at * d, d, queries.turned + to);
+        if (segment.num_anchors) put_head(values, segment.anchor_turns + row * d, d, queries.anchored + to);
         return;
     }
     const bool is_value = head >= H + K;
     E* to = (E*)segment.slot + index * segment.layer_stride + is_value * segment.side_stride +
             (head - H - is_value * K) * segment.head_stride + (segment.num_stored + row) * d;
-    if (!is_value) turn(values, step.key_turns + at * d, d, buffer);
-    put(is_value ? values : buffer, to);
+    put_head(values, is_value ? nullptr : step.key_turns + at * d, d, to);
 }
 
 template <class E>
 void place_heads(const Model& model, const Layer& layer, const Step& step, const Place& place, float* qkv,
                  const Queries<E>& queries) {
     const int64_t heads = model.num_heads + 2 * model.num_kv_heads, d = model.head_dim;
-    std::vector<float> buffer(d);
     for (int64_t s = 0; s < step.num_segments; ++s) {
         const Segment& segment = place.segments[s];
         const Range mine = share(segment.count * heads);
         for (int64_t unit = mine.start; unit < mine.stop; ++unit) {
-            const int64_t row = unit / heads, head = unit % heads;
+            const int64_t row = unit % segment.count, head = unit / segment.count;  // those whose outputs it has computed
             float* values = qkv + (segment.start + row) * layer.qkv.panels * PANEL + head * d;
-            place_head<E>(model, layer, step, segment, place.index, row, head, values, queries, buffer.data());
+            place_head<E>(model, layer, step, segment, place.index, row, head, values, queries);
         }
     }
 }
@@ -551,9 +566,9 @@ void place_heads(const Model& model, const Layer& layer, const Step& step, const
 template <int S>
 INLINE void exchange(Vec* v) {
 #if defined(__clang__)
-#define PICK(a, b, f) __builtin_shufflevector(a, b, f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15))
+#define PICK(a, b, f) __builtin_shufflevector(a, b, ALL(f))
 #else
-#define PICK(a, b, f) __builtin_shuffle(a, b, Ints{f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)})
+#define PICK(a, b, f) __builtin_shuffle(a, b, Ints{ALL(f)})
 #endif
 #define LOWER(lane) ((lane) & S ? 16 + (lane) - S : (lane))
 #define UPPER(lane) ((lane) & S ? 16 + (lane) : (lane) + S)
