@@ -8,7 +8,7 @@ is the same on every rank, so candidates can be verified by equality.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 
 import numpy as np
 import torch
@@ -25,38 +25,41 @@ BLOCK = 128
 """Logits per block in the search for the likeliest tokens: the k likeliest stand in the k blocks with the largest."""
 
 
-@dataclass(frozen=True)
 class Logits:
-    """Rows of logits over this shard's slice of the vocabulary, and in blocks, which are searched but once."""
+    """Rows of logits over this shard's slice of the vocabulary, float32 [R, V_local], and the search for the largest."""
 
-    values: torch.Tensor  # float32 [R, V_local]
-    blocks: torch.Tensor  # [R, blocks, BLOCK], -inf behind the last
-    largest: torch.Tensor  # [R, blocks]
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
 
-    @classmethod
-    def of(cls, values: torch.Tensor) -> Logits:
-        short = -values.shape[1] % BLOCK
-        padded = torch.nn.functional.pad(values, (0, short), value=-torch.inf) if short else values
-        blocks = padded.unflatten(1, (-1, BLOCK))
-        return cls(values, blocks, blocks.amax(2))
+    @functools.cached_property
+    def _blocks(self) -> torch.Tensor:
+        """[R, blocks, BLOCK], -inf behind the last."""
+        short = -self.values.shape[1] % BLOCK
+        padded = torch.nn.functional.pad(self.values, (0, short), value=-torch.inf) if short else self.values
+        return padded.unflatten(1, (-1, BLOCK))
+
+    @functools.cached_property
+    def _largest(self) -> torch.Tensor:
+        """Of each block [R, blocks]."""
+        return self._blocks.amax(2)
 
     def best(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The largest of each row and where it stands, [R] each: the first one of equals."""
-        values, block = self.largest.max(dim=1)
-        place = self.blocks[torch.arange(len(block), device=block.device), block].argmax(dim=1)
+        values, block = self._largest.max(dim=1)
+        place = self._blocks[torch.arange(len(block), device=block.device), block].argmax(dim=1)
         return values, block * BLOCK + place
 
     def top(self, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Values [R, k] and places [R, k] of the largest, and the log-sum-exp [R] of the other blocks' largest."""
-        if self.largest.shape[1] <= k:
+        if self._largest.shape[1] <= k:
             values, places = self.values.topk(min(k, self.values.shape[1]))
             missing = k - values.shape[1]
             values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
             return values, torch.nn.functional.pad(places, (0, missing)), values.new_full((len(values),), -torch.inf)
-        found = self.largest.topk(k).indices
-        values, places = self.blocks.gather(1, found[:, :, None].expand(-1, -1, BLOCK)).flatten(1).topk(k)
+        found = self._largest.topk(k).indices
+        values, places = self._blocks.gather(1, found[:, :, None].expand(-1, -1, BLOCK)).flatten(1).topk(k)
         places = found.gather(1, places // BLOCK) * BLOCK + places % BLOCK
-        return values, places, self.largest.scatter(1, found, -torch.inf).logsumexp(1)
+        return values, places, self._largest.scatter(1, found, -torch.inf).logsumexp(1)
 
 
 def choose_tokens(

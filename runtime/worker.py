@@ -21,7 +21,7 @@ from runtime.model.loader import load_decoder, resolve_model
 from runtime.model.native import NativeDecoder
 from runtime.model.spec import ModelSpec
 from runtime.retention import layer_groups
-from runtime.sampler import Logits, choose_tokens, top_tokens
+from runtime.sampler import choose_tokens, top_tokens
 from runtime.step import Choose, Commit, Int32, Row, Seq, StepPlan, WireLayout
 
 AnyDecoder = Decoder | NativeDecoder | GraphedDecoder
@@ -78,7 +78,7 @@ class Worker:
         chosen[:, 0] = -1
         wanted = np.flatnonzero((rows[:, Row.CHOOSE] != Choose.NOTHING) & (rows[:, Row.OWNER] == self.mesh.replica))
         if len(wanted):
-            logits = Logits.of(self.decoder.logits(hidden[upload(wanted, hidden.device)]))
+            logits = self.decoder.search(hidden[upload(wanted, hidden.device)], max(plan.top_k, 1))
             place = self.mesh, self.decoder.vocab_range
             found = [choose_tokens(logits, rows[wanted], sequences[wanted], *place)[:, None]]
             if plan.top_k:

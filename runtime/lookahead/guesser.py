@@ -79,8 +79,7 @@ class Guesser:
     ) -> None:
         """Remember what the model gave behind each row."""
         if self.wants_top:
-            unpacked = RecycleSource.unpacked(top)
-            for tail, token, likeliest in zip(rows.tails(before, MAX_ORDER), chosen, unpacked, strict=True):
+            for tail, token, likeliest in zip(rows.tails(before, MAX_ORDER), chosen, top.tolist(), strict=True):
                 if token >= 0:
                     self.knowledge.table.update(tail, likeliest)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from runtime.step import TOP_BITS
+
 MAX_ORDER = 3
 """Most tokens of context that a table is keyed by."""
 
@@ -15,8 +17,20 @@ MAX_CONTEXTS = 1 << 16
 """Contexts kept per table, some 100 MiB for the three when full; the one not updated for longest goes first."""
 
 
-Likeliest = Sequence[tuple[int, int]]
+CLASSES = 16
+"""Of log-probability, each half a nat wide; the last is open."""
+
+Likeliest = tuple[tuple[int, int], ...]
 """(token, class of its probability), likeliest first."""
+
+
+def unpacked(packed: Sequence[int]) -> Likeliest:
+    """A row's likeliest tokens as the workers pack them (runtime.step)."""
+    return tuple([(word >> TOP_BITS, _CLASS_OF[word & _MASK]) for word in packed])
+
+
+_MASK = (1 << TOP_BITS) - 1
+_CLASS_OF = [min(sixteenths >> 3, CLASSES - 1) for sixteenths in range(1 << TOP_BITS)]
 
 
 class RecycleTable:
@@ -24,10 +38,12 @@ class RecycleTable:
 
     def __init__(self, max_contexts: int = MAX_CONTEXTS) -> None:
         self.max_contexts = max_contexts
-        self._tables: tuple[dict[tuple[int, ...], Likeliest], ...] = tuple({} for _ in range(MAX_ORDER))
+        self._tables: tuple[dict[tuple[int, ...], list[int] | Likeliest], ...] = tuple({} for _ in range(MAX_ORDER))
+        """Lists are as they came; what is looked up is unpacked, and kept so. Most are never looked up."""
 
-    def update(self, tail: tuple[int, ...], top: Likeliest) -> None:
-        """The model's likeliest tokens after a text that ends in `tail` (MAX_ORDER tokens, or fewer at its start)."""
+    def update(self, tail: tuple[int, ...], top: list[int]) -> None:
+        """The model's likeliest tokens, packed, after a text that ends in `tail` (MAX_ORDER tokens, or fewer at its
+        start)."""
         for order, table in enumerate(self._tables[: len(tail)], 1):
             context = tail[-order:]
             table.pop(context, None)  # to the young end
@@ -39,8 +55,11 @@ class RecycleTable:
         """(order, likeliest tokens) of the two longest contexts known, longest first."""
         found = []
         for order in range(min(MAX_ORDER, len(tail)), 0, -1):
-            top = self._tables[order - 1].get(tuple(tail[-order:]))
+            table, context = self._tables[order - 1], tuple(tail[-order:])
+            top = table.get(context)
             if top is not None:
+                if isinstance(top, list):
+                    top = table[context] = unpacked(top)
                 found.append((order, top))
                 if len(found) == 2:
                     break

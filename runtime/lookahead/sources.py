@@ -8,16 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from runtime.config import LookaheadConfig
 from runtime.lookahead.acceptance import Column, prior
 from runtime.lookahead.pool import NgramPool
-from runtime.lookahead.recycling import MAX_ORDER, RecycleTable
+from runtime.lookahead.recycling import CLASSES, MAX_ORDER, RecycleTable
 from runtime.lookahead.rows import TAIL, SequenceRows
 from runtime.lookahead.window import Window
-from runtime.step import TOP_BITS
 
 
 class Source:
@@ -158,15 +154,13 @@ class SuffixSource(Source):
 class RecycleSource(Source):
     """The likeliest tokens that the model gave the last time it stood behind the same tokens, in whatever row."""
 
-    CLASSES = 16
-    """Of log-probability, each half a nat wide."""
     PRIORS = (
         0.0,  # nothing is known here
         *(
-            weight * prior(trust * math.exp(-(kind + 0.5) * 0.5)) if kind < 16 else 0.0
+            weight * prior(trust * math.exp(-(kind + 0.5) * 0.5)) if kind < CLASSES else 0.0
             for weight in (1.0, 0.3)  # of the longest context known, and of the next
             for trust in (0.5, 0.75, 0.85)  # that the probability given behind 1, 2, 3 tokens holds here, too
-            for kind in range(17)  # the last: not among the likeliest
+            for kind in range(CLASSES + 1)  # the last: not among the likeliest
         ),
     )
     """By context (the longest known, or the next), by its length, and by the log-probability it gave."""
@@ -178,17 +172,10 @@ class RecycleSource(Source):
     def propose(self, tail: tuple[int, ...], depth: int) -> Iterable[Column]:
         place = 0
         for place, (order, likeliest) in enumerate(self.table.lookup(tail), 1):
-            first = self.first_feature + 1 + ((place - 1) * MAX_ORDER + order - 1) * (self.CLASSES + 1)
-            yield Column(first + self.CLASSES, first, likeliest)
+            first = self.first_feature + 1 + ((place - 1) * MAX_ORDER + order - 1) * (CLASSES + 1)
+            yield Column(first + CLASSES, first, likeliest)
         for _ in range(place, 2):
             yield Column(self.first_feature, self.first_feature, ())
-
-    @classmethod
-    def unpacked(cls, top: NDArray[np.int32]) -> list[list[tuple[int, int]]]:
-        """Rows of packed likeliest tokens [T, k] (runtime.step) as the table has them: (token, class)."""
-        kinds = np.minimum((top & (1 << TOP_BITS) - 1) >> 3, cls.CLASSES - 1)
-        rows = zip((top >> TOP_BITS).tolist(), kinds.tolist(), strict=True)
-        return [list(zip(tokens, row_kinds, strict=True)) for tokens, row_kinds in rows]
 
 
 SOURCES: dict[str, type[Source]] = {"jacobi": JacobiSource, "suffix": SuffixSource, "recycle": RecycleSource}

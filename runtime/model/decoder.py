@@ -14,6 +14,7 @@ from runtime.model.layers import GatedMLP, Linear, RMSNorm, RowParallelLinear, V
 from runtime.model.rotary import Rotary
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
+from runtime.sampler import Logits
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,7 @@ class Decoder(CacheMaker):
         """
         logits = self.head(self.norm(hidden))
         return logits if self.dtype == torch.float64 else logits.float()
+
+    def search(self, hidden: torch.Tensor, k: int) -> Logits:
+        """The same as the sampler wants it, to be searched for the k largest."""
+        return Logits(self.logits(hidden))

@@ -31,6 +31,7 @@ from runtime.device import pinned
 from runtime.model.attention import Anchors, RowBatch, Segment
 from runtime.model.decoder import Decoder
 from runtime.retention import LayerGroup
+from runtime.sampler import Logits
 
 ROW_BUCKETS = (2, 4, 8, 16, 32, 64, 128, 256)
 MIN_STORED = 256
@@ -111,6 +112,10 @@ class GraphedDecoder:
         missing = (self._row_bucket(count) or count) - count
         padded = torch.nn.functional.pad(hidden, (0, 0, 0, missing)) if missing else hidden
         return self.decoder.logits(padded)[:count]
+
+    def search(self, hidden: torch.Tensor, k: int) -> Logits:
+        """As Decoder.search."""
+        return Logits(self.logits(hidden))
 
     def _row_bucket(self, count: int) -> int | None:
         return next((bucket for bucket in self.row_buckets if bucket >= max(count, self.min_rows)), None)

@@ -27,7 +27,7 @@ def rows_at(positions, choose=Choose.SAMPLE) -> np.ndarray:
 
 
 def choose(logits, rows, parameters) -> np.ndarray:
-    return choose_tokens(Logits.of(logits), rows, parameters, Mesh(), (0, logits.shape[1])).numpy()
+    return choose_tokens(Logits(logits), rows, parameters, Mesh(), (0, logits.shape[1])).numpy()
 
 
 LOGITS = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2
@@ -100,7 +100,7 @@ def test_noise_can_be_computed_in_parts():
 def test_the_likeliest_tokens_are_those_of_a_full_sort(vocabulary, k):
     generator = torch.Generator().manual_seed(vocabulary + k)
     logits = torch.randn(6, vocabulary, generator=generator) * 4
-    packed = top_tokens(Logits.of(logits), k, Mesh(), (0, vocabulary))
+    packed = top_tokens(Logits(logits), k, Mesh(), (0, vocabulary))
     best = logits.topk(k)
     assert torch.equal(packed >> TOP_BITS, best.indices)
     nats = (packed & (1 << TOP_BITS) - 1) / 16.0
@@ -117,6 +117,6 @@ def test_of_equal_logits_the_first_one_is_chosen():
 
 
 def test_the_likeliest_of_fewer_tokens_than_asked_for_are_all_of_them():
-    packed = top_tokens(Logits.of(torch.tensor([[0.0, 3.0, 1.0]])), 5, Mesh(), (0, 3))
+    packed = top_tokens(Logits(torch.tensor([[0.0, 3.0, 1.0]])), 5, Mesh(), (0, 3))
     assert (packed >> TOP_BITS)[0, :3].tolist() == [1, 2, 0]
     assert (packed & (1 << TOP_BITS) - 1)[0, 3:].tolist() == [255, 255]

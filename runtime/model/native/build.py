@@ -62,8 +62,10 @@ def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.outrider_head_scratch.argtypes = [pointer, count]
     kernels.outrider_scratch.restype = kernels.outrider_head_scratch.restype = count
     kernels.outrider_forward.argtypes = [pointer, pointer, count, count]
-    kernels.outrider_logits.argtypes = [pointer, count, pointer, pointer, pointer, count]
-    kernels.outrider_forward.restype = kernels.outrider_logits.restype = None
+    kernels.outrider_logits.argtypes = [pointer, count, pointer, pointer, pointer, pointer, count]
+    kernels.outrider_top.argtypes = [pointer, pointer, count, count, count, pointer, pointer, pointer, count]
+    for kernel in (kernels.outrider_forward, kernels.outrider_logits, kernels.outrider_top):
+        kernel.restype = None
     return kernels
 
 

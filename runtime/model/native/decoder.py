@@ -21,6 +21,7 @@ from runtime.model.rotary import Rotary
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.retention import Bools, Ints
+from runtime.sampler import Logits
 
 if TYPE_CHECKING:
     from runtime.model.loader import LayerWeights
@@ -46,7 +47,7 @@ class _Layer(Structure):
 
 class _Model(Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("is_bfloat16", "hidden", "num_heads", "num_kv_heads", "head_dim")),
+        *((name, c_int64) for name in ("is_bfloat16", "hidden", "num_heads", "num_kv_heads", "head_dim", "vocabulary")),
         ("eps", c_double),
         ("layers", ctypes.POINTER(_Layer)),
         ("norm", c_void_p),
@@ -129,6 +130,7 @@ class NativeDecoder(CacheMaker):
             num_heads=heads.num_heads,
             num_kv_heads=heads.num_kv_heads,
             head_dim=spec.head_dim,
+            vocabulary=vocab_range[1] - vocab_range[0],
             eps=spec.rms_eps,
             layers=self._layers,
             norm=self._vector(norm),
@@ -163,19 +165,29 @@ class NativeDecoder(CacheMaker):
             self.mesh.all_reduce(partial)
         return residual.add_(partial)[:, : self.spec.hidden_size]
 
-    @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows [R, D] of what `forward` returned -> float32 [R, V_local], token ids as `vocab_range` says."""
+        return self.search(hidden, 1).values
+
+    @torch.inference_mode()
+    def search(self, hidden: torch.Tensor, k: int) -> Logits:
+        """The same, searched for the k largest."""
         num_rows, head = len(hidden), self._model.head
         rows = torch.zeros(num_rows, self._width)
         rows[:, : self.spec.hidden_size] = hidden
         logits = torch.empty(num_rows, head.panels * PANEL)
-        model = ctypes.byref(self._model)
+        largest = torch.empty(num_rows, head.panels + LANES)  # of each panel
+        model, num_threads = ctypes.byref(self._model), self._num_threads(num_rows)
         scratch = torch.empty(self._kernels.outrider_head_scratch(model, num_rows), dtype=torch.uint8)
-        tensors = rows.data_ptr(), scratch.data_ptr(), logits.data_ptr()
-        self._kernels.outrider_logits(model, num_rows, *tensors, self._num_threads(num_rows))
-        start, stop = self.vocab_range
-        return logits[:, : stop - start]
+        addresses = (tensor.data_ptr() for tensor in (rows, scratch, logits, largest))
+        self._kernels.outrider_logits(model, num_rows, *addresses, num_threads)
+        values, rest = torch.empty(num_rows, k), torch.empty(num_rows)
+        places = torch.empty(num_rows, k, dtype=torch.int64)
+        addresses = (tensor.data_ptr() for tensor in (values, places, rest))
+        self._kernels.outrider_top(
+            logits.data_ptr(), largest.data_ptr(), num_rows, head.panels, k, *addresses, num_threads
+        )
+        return NativeLogits(logits[:, : self._model.vocabulary], values, places, rest)
 
     def _num_threads(self, num_rows: int) -> int:
         layer = self._layers[0]
@@ -221,6 +233,23 @@ class NativeDecoder(CacheMaker):
                 memory.madvise(mmap.MADV_HUGEPAGE)
         kept = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
         return self._kept(kept.copy_(tensor))
+
+
+class NativeLogits(Logits):
+    """Logits that have been searched."""
+
+    def __init__(self, values: torch.Tensor, top: torch.Tensor, places: torch.Tensor, rest: torch.Tensor) -> None:
+        """`values` [R, V_local]; `top` and `places` [R, k] and `rest` [R] are what `Logits.top` gives."""
+        super().__init__(values)
+        self._top = top, places, rest
+
+    def best(self) -> tuple[torch.Tensor, torch.Tensor]:
+        values, places, _ = self._top
+        return values[:, 0], places[:, 0]
+
+    def top(self, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        assert k == self._top[0].shape[1], "the step's k is told to `search`"
+        return self._top
 
 
 class _Places:

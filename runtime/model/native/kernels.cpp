@@ -52,7 +52,7 @@ struct Layer {
 };
 
 struct Model {
-    int64_t is_bfloat16, hidden, num_heads, num_kv_heads, head_dim;
+    int64_t is_bfloat16, hidden, num_heads, num_kv_heads, head_dim, vocabulary;  // of this shard
     double eps;
     const Layer* layers;
     const float* norm;
@@ -208,6 +208,16 @@ INLINE Vec larger(Vec a, Vec b) {
 #endif
 }
 INLINE Vec smaller(Vec a, Vec b) { return -larger(-a, -b); }
+
+INLINE float maximum(Vec values) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)values);
+#else
+    float most = values[0];
+    for (int lane = 1; lane < LANES; ++lane) most = std::max(most, values[lane]);
+    return most;
+#endif
+}
 
 INLINE float total(Vec values) {
     float sum = 0;
@@ -782,8 +792,7 @@ struct HeadAttention {
     Vec soften(float* scores, int64_t count) const {
         Vec most = widen(scores);
         for (int64_t i = LANES; i < count; i += LANES) most = larger(widen(scores + i), most);
-        float top = -INFINITE;
-        for (int lane = 0; lane < LANES; ++lane) top = std::max(top, most[lane]);
+        const float top = maximum(most);
         Vec whole = {};
         for (int64_t i = 0; i < count; i += LANES) {
             const Vec below = widen(scores + i) - top;
@@ -876,12 +885,59 @@ void run_halves(const Model& model, const Step& step, int64_t first, int64_t sto
     release_matrix_unit();
 }
 
+// largest [rows, panels, room for a multiple of 16]: of each panel's logits, of which the last panel may have fewer than 32
 template <class E>
-void run_head(const Model& model, int64_t rows, float* hidden, void* x, float* logits, Barrier& barrier) {
+void run_head(const Model& model, int64_t rows, float* hidden, void* x, float* logits, float* largest, Barrier& barrier) {
     norm<E>(model, rows, hidden, nullptr, model.norm, model.head, x);
     barrier.wait();
-    linear<E>(model.head, x, rows, logits);
+    const int64_t panels = model.head.panels, vocabulary = model.vocabulary;
+    product<E>(model.head, x, rows, [&](int64_t row, int64_t panel, const float* sums) {
+        const int64_t first = panel * PANEL;
+        float* to = logits + row * panels * PANEL + first;
+        Vec most = splat<Vec>(-INFINITE);
+        for (int64_t i = 0; i < PANEL; i += LANES) {
+            const Ints real = LANE < (int32_t)std::clamp<int64_t>(vocabulary - first - i, 0, LANES);
+            most = larger(narrow(select(real, widen(sums + i), splat<Vec>(-INFINITE)), to + i), most);
+        }
+        largest[row * round_up(panels, LANES) + panel] = maximum(most);
+    });
     release_matrix_unit();
+}
+
+// Where the largest of some numbers is, a multiple of 16 of them: the first of equals
+INLINE int64_t first_largest(const float* values, int64_t count) {
+    Vec most = widen(values);
+    for (int64_t i = LANES; i < count; i += LANES) most = larger(widen(values + i), most);
+    return std::find(values, values + count, maximum(most)) - values;
+}
+
+// The k largest logits of a row, largest first, and of equals the first one; rest: the log-sum-exp of the largest of each
+// panel that holds none of them. `largest` [panels, room for a multiple of 16] is written over.
+void find_top(const float* logits, float* largest, int64_t panels, int64_t k, float* values, int64_t* places, float* rest) {
+    static thread_local std::vector<float> found;
+    static thread_local std::vector<int64_t> from;
+    found.clear(), from.clear();
+    const int64_t count = round_up(panels, LANES);
+    std::fill(largest + panels, largest + count, -INFINITE);
+    const float top = largest[first_largest(largest, count)];
+    for (int64_t i = 0; i < std::min(k, panels); ++i) {
+        const int64_t best = first_largest(largest, count);
+        from.push_back(best * PANEL);
+        found.insert(found.end(), logits + best * PANEL, logits + (best + 1) * PANEL);
+        largest[best] = -INFINITE;
+    }
+    for (int64_t i = 0; i < k; ++i) {
+        const int64_t best = first_largest(found.data(), found.size());
+        values[i] = found[best];
+        places[i] = values[i] == -INFINITE ? 0 : from[best / PANEL] + best % PANEL;
+        found[best] = -INFINITE;
+    }
+    Vec sum = {};
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Vec below = widen(largest + i) - top;
+        sum += select(below < -87.0f, Vec{}, exponential(below));
+    }
+    *rest = top + std::log(total(sum));
 }
 
 }  // namespace
@@ -903,14 +959,24 @@ void outrider_forward(const Model* model, const Step* step, int64_t first, int64
         run_halves<float>(*model, *step, first, stop, barrier);
 }
 
-// hidden [rows, D padded to 32] -> logits [rows, panels * 32 of the head]
-void outrider_logits(const Model* model, int64_t rows, float* hidden, void* scratch, float* logits, int64_t threads) {
+// hidden [rows, D padded to 32] -> logits [rows, panels * 32 of the head], and the largest [rows, panels] of each panel
+void outrider_logits(const Model* model, int64_t rows, float* hidden, void* scratch, float* logits, float* largest,
+                     int64_t threads) {
     Barrier barrier;
 #pragma omp parallel num_threads((int)threads)
     if (model->is_bfloat16)
-        run_head<BF16>(*model, rows, hidden, scratch, logits, barrier);
+        run_head<BF16>(*model, rows, hidden, scratch, logits, largest, barrier);
     else
-        run_head<float>(*model, rows, hidden, scratch, logits, barrier);
+        run_head<float>(*model, rows, hidden, scratch, logits, largest, barrier);
+}
+
+// What find_top says, of each row: values and places [rows, k], rest [rows]
+void outrider_top(const float* logits, float* largest, int64_t rows, int64_t panels, int64_t k, float* values,
+                  int64_t* places, float* rest, int64_t threads) {
+#pragma omp parallel for num_threads((int)threads)
+    for (int64_t row = 0; row < rows; ++row)
+        find_top(logits + row * panels * PANEL, largest + row * round_up(panels, LANES), panels, k, values + row * k, places + row * k,
+                 rest + row);
 }
 
 }
