@@ -806,7 +806,7 @@ struct HeadAttention {
 template <class E>
 void attend(const Model& model, const Layer& layer, const Step& step, const Place& place, const Queries<E>& queries,
             void* attended) {
-    constexpr int64_t MOST_QUERIES = 64, MOST_SCORES = 1 << 17;  // which stay in the second cache
+    constexpr int64_t FEW = 8, MOST_QUERIES = 64, MOST_SCORES = 1 << 17;  // which stay in the second cache
     const int64_t K = model.num_kv_heads, G = model.num_heads / K, d = model.head_dim, T = step.num_rows;
     const int64_t stride = row_words(layer.output) * 4 / sizeof(E);
     for (int64_t s = 0; s < step.num_segments; ++s) {
@@ -814,7 +814,8 @@ void attend(const Model& model, const Layer& layer, const Step& step, const Plac
         const int64_t num_queries = segment.count * G, fitting = MOST_SCORES / (segment.num_columns + segment.num_tail);
         const int64_t most = std::clamp<int64_t>(fitting, TILE, MOST_QUERIES);
         const int64_t needed = std::max((num_queries + most - 1) / most, (step.num_threads + K - 1) / K);
-        const int64_t pieces = std::min(needed, num_queries);
+        const bool is_even = needed * K % step.num_threads == 0 || num_queries < FEW * (needed + 1);
+        const int64_t pieces = std::min(needed + !is_even, num_queries);
 #pragma omp for schedule(dynamic) nowait
         for (int64_t unit = 0; unit < pieces * K; ++unit) {
             const int64_t kv = unit % K, piece = unit / K;
