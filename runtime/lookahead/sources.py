@@ -119,35 +119,59 @@ class SuffixSource(Source):
     )
     """By the length of the match, the share of its followers that were this token, and whether it was seen twice."""
     MAX_MATCH = len(PRIORS) // 6
+    MAX_PLACES = 32
+    """Places of the text looked at, the newest ones."""
 
     def __init__(self, config: LookaheadConfig, prompt: Sequence[int], first_feature: int, table: RecycleTable) -> None:
         super().__init__(config, prompt, first_feature, table)
-        self._followers: dict[tuple[int, ...], dict[int, int]] = {}  # tokens -> how often which one followed them
+        self._text: list[int] = []
+        self._places: dict[tuple[int, ...], list[int]] = {}  # two tokens -> where in the text others followed them
+        self._followers: dict[int, dict[int, int]] = {}  # one token -> how often which one followed it
 
     def propose(self, tail: tuple[int, ...], depth: int) -> Iterable[Column]:
         proposals: dict[int, int] = {}
-        for length in range(min(self.MAX_MATCH, len(tail)), 0, -1):
-            followers = self._followers.get(tail[-length:])
-            if followers is None:
-                continue
-            total = sum(followers.values())
-            first = (length - 1) * 6
-            for token, count in reversed(followers.items()):  # newest first
-                if token not in proposals:
-                    share = 2 if count == total else int(2 * count >= total)
-                    proposals[token] = first + 2 * share + (count > 1)
-            if len(proposals) >= self.MAX_PROPOSALS:
-                break
+        matches = [(self._match(tail, place), self._text[place]) for place in self._newest_places(tail[-2:])]
+        for length in sorted({length for length, _ in matches}, reverse=True):
+            followers: dict[int, int] = {}
+            for other, token in matches:
+                if other >= length:
+                    followers[token] = followers.get(token, 0) + 1
+            self._add(proposals, followers, length)
+        if len(proposals) < self.MAX_PROPOSALS:
+            self._add(proposals, dict(reversed(self._followers.get(tail[-1], {}).items())), 1)
         yield Column(self.first_feature, self.first_feature + 1, list(proposals.items())[: self.MAX_PROPOSALS])
 
+    def _newest_places(self, pair: tuple[int, ...]) -> list[int]:
+        return self._places.get(pair, [])[: -self.MAX_PLACES - 1 : -1]
+
+    def _match(self, tail: tuple[int, ...], place: int) -> int:
+        """How many of the tail's last tokens, two of which do, stand before a place of the text."""
+        length, most = 2, min(self.MAX_MATCH, len(tail), place)
+        while length < most and self._text[place - length - 1] == tail[-length - 1]:
+            length += 1
+        return length
+
+    @staticmethod
+    def _add(proposals: dict[int, int], followers: dict[int, int], length: int) -> None:
+        """Propose those of the followers, newest first, that no longer match proposes."""
+        total = sum(followers.values())
+        for token, count in followers.items():
+            if token not in proposals:
+                share = 2 if count == total else int(2 * count >= total)
+                proposals[token] = (length - 1) * 6 + 2 * share + (count > 1)
+
     def observe(self, text: Sequence[int], num_new: int, is_prompt: bool) -> None:
-        for end in range(max(len(text) - num_new, 1), len(text)):
-            for length in range(1, min(self.MAX_MATCH, end) + 1):
-                followers = self._followers.setdefault(tuple(text[end - length : end]), {})
-                followers[text[end]] = followers.pop(text[end], 0) + 1
+        start = max(len(self._text), 1)
+        self._text += text[len(text) - num_new :]
+        for place in range(start, len(self._text)):
+            token, before = self._text[place], self._text[place - 1]
+            followers = self._followers.setdefault(before, {})
+            followers[token] = followers.pop(token, 0) + 1  # to the young end
+            if place >= 2:
+                self._places.setdefault((self._text[place - 2], before), []).append(place)
 
     def forget(self, text: Sequence[int]) -> None:
-        self._followers.clear()
+        self._text, self._places, self._followers = [], {}, {}
         self.observe(text, len(text), is_prompt=True)
 
 
