@@ -38,16 +38,18 @@ class RecycleTable:
 
     def __init__(self, max_contexts: int = MAX_CONTEXTS) -> None:
         self.max_contexts = max_contexts
-        self._tables: tuple[dict[tuple[int, ...], list[int] | Likeliest], ...] = tuple({} for _ in range(MAX_ORDER))
-        """Lists are as they came; what is looked up is unpacked, and kept so. Most are never looked up."""
+        self._tables: tuple[dict[tuple[int, ...], tuple[int, ...] | Likeliest], ...] = tuple({} for _ in range(MAX_ORDER))
+        """Words are unpacked when they are looked up, and kept so: most never are. Tuples, since the garbage collector need not
+        look into those again and again."""
 
-    def update(self, tail: tuple[int, ...], top: list[int]) -> None:
+    def update(self, tail: tuple[int, ...], top: Sequence[int]) -> None:
         """The model's likeliest tokens, packed, after a text that ends in `tail` (MAX_ORDER tokens, or fewer at its
         start)."""
+        words = tuple(top)
         for order, table in enumerate(self._tables[: len(tail)], 1):
             context = tail[-order:]
             table.pop(context, None)  # to the young end
-            table[context] = top
+            table[context] = words
             if len(table) > self.max_contexts:
                 del table[next(iter(table))]
 
@@ -58,7 +60,7 @@ class RecycleTable:
             table, context = self._tables[order - 1], tuple(tail[-order:])
             top = table.get(context)
             if top is not None:
-                if isinstance(top, list):
+                if isinstance(top[0], int):
                     top = table[context] = unpacked(top)
                 found.append((order, top))
                 if len(found) == 2:

@@ -126,7 +126,8 @@ class SuffixSource(Source):
         super().__init__(config, prompt, first_feature, table)
         self._text: list[int] = []
         self._places: dict[tuple[int, ...], list[int]] = {}  # two tokens -> where in the text others followed them
-        self._followers: dict[int, dict[int, int]] = {}  # one token -> how often which one followed it
+        self._followers: dict[int, dict[int, int]] = {}  # one token -> how often which one followed it, newest last
+        self._counts: dict[int, int] = {}  # one token -> how often any did
 
     def propose(self, tail: tuple[int, ...], depth: int) -> Iterable[Column]:
         proposals: dict[int, int] = {}
@@ -136,10 +137,10 @@ class SuffixSource(Source):
             for other, token in matches:
                 if other >= length:
                     followers[token] = followers.get(token, 0) + 1
-            self._add(proposals, followers, length)
-        if len(proposals) < self.MAX_PROPOSALS:
-            self._add(proposals, dict(reversed(self._followers.get(tail[-1], {}).items())), 1)
-        yield Column(self.first_feature, self.first_feature + 1, list(proposals.items())[: self.MAX_PROPOSALS])
+            self._add(proposals, followers.items(), sum(followers.values()), length)
+        newest = reversed(self._followers.get(tail[-1], {}).items())
+        self._add(proposals, newest, self._counts.get(tail[-1], 0), 1)
+        yield Column(self.first_feature, self.first_feature + 1, list(proposals.items()))
 
     def _newest_places(self, pair: tuple[int, ...]) -> list[int]:
         return self._places.get(pair, [])[: -self.MAX_PLACES - 1 : -1]
@@ -151,11 +152,11 @@ class SuffixSource(Source):
             length += 1
         return length
 
-    @staticmethod
-    def _add(proposals: dict[int, int], followers: dict[int, int], length: int) -> None:
-        """Propose those of the followers, newest first, that no longer match proposes."""
-        total = sum(followers.values())
-        for token, count in followers.items():
+    def _add(self, proposals: dict[int, int], followers: Iterable[tuple[int, int]], total: int, length: int) -> None:
+        """Propose those of the followers, newest first, that no longer match proposes, while there is room."""
+        for token, count in followers:
+            if len(proposals) == self.MAX_PROPOSALS:
+                return
             if token not in proposals:
                 share = 2 if count == total else int(2 * count >= total)
                 proposals[token] = (length - 1) * 6 + 2 * share + (count > 1)
@@ -167,11 +168,12 @@ class SuffixSource(Source):
             token, before = self._text[place], self._text[place - 1]
             followers = self._followers.setdefault(before, {})
             followers[token] = followers.pop(token, 0) + 1  # to the young end
+            self._counts[before] = self._counts.get(before, 0) + 1
             if place >= 2:
                 self._places.setdefault((self._text[place - 2], before), []).append(place)
 
     def forget(self, text: Sequence[int]) -> None:
-        self._text, self._places, self._followers = [], {}, {}
+        self._text, self._places, self._followers, self._counts = [], {}, {}, {}
         self.observe(text, len(text), is_prompt=True)
 
 
