@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from runtime.nearby import Nearby
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 """Longest wait in a collective, loading the model included. A peer that dies is noticed at once, by its
@@ -31,9 +35,13 @@ class Mesh:
     tp_group: dist.ProcessGroup | None = None
     lp_group: dist.ProcessGroup | None = None
     """The ranks with this shard index in every replica; their group ranks are the replica numbers."""
+    nearby: Nearby | None = None
+    """The TP group's ranks, where all are on the CPUs of one machine."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the TP group, in place."""
+        if self.nearby is not None:
+            return self.nearby.all_reduce(tensor)
         if self.tp > 1:
             dist.all_reduce(tensor, group=self.tp_group)
         return tensor
@@ -42,6 +50,8 @@ class Mesh:
         """Every shard's tensor, in shard order. All shards give the same shape and dtype."""
         if self.tp == 1:
             return [tensor]
+        if self.nearby is not None:
+            return self.nearby.all_gather(tensor)
         parts = [torch.empty_like(tensor) for _ in range(self.tp)]
         dist.all_gather(parts, tensor.contiguous(), group=self.tp_group)
         return parts
@@ -65,9 +75,12 @@ class ControlGroup:
 def join(rank: int, lp: int, tp: int, device: torch.device, store: dist.Store) -> tuple[ControlGroup, Mesh | None]:
     """Join the control group as `rank`, meeting at `store`, and build every group, in the same order on all ranks.
 
-    Control collectives use gloo on CPU tensors; the mesh uses NCCL on CUDA devices, else gloo.
+    Control collectives use gloo on CPU tensors; the mesh uses NCCL on CUDA devices, else gloo, or shared memory within
+    one machine.
     Returns the mesh too, except on the coordinator (rank 0).
     """
+    from runtime.nearby import join as nearby_ranks  # which needs the kernels, and those this module
+
     world = 1 + lp * tp
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
@@ -90,4 +103,7 @@ def join(rank: int, lp: int, tp: int, device: torch.device, store: dist.Store) -
     control = ControlGroup(dist.group.WORLD, result_group if rank in heads else None)
     if rank == 0:
         return control, None
-    return control, Mesh(lp, tp, replica, shard, device, tp_groups[replica], lp_groups[shard])
+    tp_group, nearby = tp_groups[replica], None
+    if tp_group is not None and device.type == "cpu":
+        nearby = nearby_ranks(store, f"nearby/{replica}", tp_group, shard, tp)
+    return control, Mesh(lp, tp, replica, shard, device, tp_group, lp_groups[shard], nearby)

@@ -64,8 +64,11 @@ def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.outrider_forward.argtypes = [pointer, pointer, count, count]
     kernels.outrider_logits.argtypes = [pointer, count, pointer, pointer, pointer, pointer, count]
     kernels.outrider_top.argtypes = [pointer, pointer, count, count, count, pointer, pointer, pointer, count]
-    for kernel in (kernels.outrider_forward, kernels.outrider_logits, kernels.outrider_top):
-        kernel.restype = None
+    kernels.outrider_arrive.argtypes = [pointer, count]
+    kernels.outrider_met.argtypes, kernels.outrider_met.restype = [pointer, count, count], count
+    kernels.outrider_sum.argtypes = [pointer, count, count, pointer, count]
+    for name in ("forward", "logits", "top", "arrive", "sum"):
+        getattr(kernels, f"outrider_{name}").restype = None
     return kernels
 
 

@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -23,6 +24,7 @@
 #include <vector>
 
 #include <omp.h>
+#include <sched.h>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -943,7 +945,41 @@ void find_top(const float* logits, float* largest, int64_t panels, int64_t k, fl
 
 }  // namespace
 
+// Where processes meet, in memory that they share and that is 0 to begin with
+struct Meeting {
+    alignas(64) std::atomic<uint32_t> arrived;
+    alignas(64) std::atomic<uint32_t> number;  // of meetings that are over
+};
+
 extern "C" {
+
+void outrider_arrive(Meeting* meeting, int64_t ranks) {
+    if (meeting->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < ranks) return;
+    meeting->arrived.store(0, std::memory_order_relaxed);
+    meeting->number.fetch_add(1, std::memory_order_release);
+}
+
+// Whether the meeting of this number is over, which is waited for so long
+int64_t outrider_met(Meeting* meeting, int64_t number, int64_t microseconds) {
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(microseconds);
+    for (int64_t turn = 0;; ++turn) {
+        if (meeting->number.load(std::memory_order_acquire) != (uint32_t)number) return 1;
+        if (turn % 64 == 63 && std::chrono::steady_clock::now() > deadline) return 0;
+        if (turn > 4000) sched_yield();  // others may need this core to arrive
+#if defined(__x86_64__)
+        else __builtin_ia32_pause();
+#endif
+    }
+}
+
+// sum [count] = the parts [ranks], one behind the other, `stride` bytes from each to the next
+void outrider_sum(const char* parts, int64_t ranks, int64_t stride, float* sum, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        float value = 0;
+        for (int64_t rank = 0; rank < ranks; ++rank) value += ((const float*)(parts + rank * stride))[i];
+        sum[i] = value;
+    }
+}
 
 // Bytes of scratch memory for a step of so many rows
 int64_t outrider_scratch(const Model* model, int64_t rows) { return Scratch(*model, rows, nullptr).size; }

@@ -1,0 +1,132 @@
+"""Collectives of ranks on one machine's CPUs, through memory that they share.
+
+A gloo all-reduce goes through sockets and takes most of a millisecond; a tensor-parallel step has two per layer. Here
+every rank writes its part into memory that all have mapped, they meet, and each adds up all parts, in the order of
+ranks, so that all get the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from runtime.errors import WorkerError
+from runtime.model.native.build import BuildError, library
+
+AREA = 1 << 20
+"""Bytes of a rank's part; what is larger goes piece by piece."""
+
+HEADER = 4096
+"""Bytes where they meet: how many have arrived, and the number of the meeting."""
+
+PATIENCE_US = 100_000
+"""How long a rank waits before it looks whether the others are still alive."""
+
+
+class Nearby:
+    """The ranks of one group, all on this machine. Every rank makes the same calls in the same order."""
+
+    def __init__(self, file: int, rank: int, num_ranks: int) -> None:
+        """`file` is open for all ranks, `size(num_ranks)` bytes of zeros; this object closes it."""
+        self.rank, self.num_ranks = rank, num_ranks
+        self._file = file
+        self._kernels = library()
+        self._memory = mmap.mmap(file, size(num_ranks))
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._num_meetings = 0
+        fcntl.lockf(file, fcntl.LOCK_EX, 1, rank)  # ends with the process, however it ends
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place. Raises WorkerError if one has died."""
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            parts = self.all_gather(tensor)
+            return tensor.copy_(torch.stack(parts).sum(0))
+        for piece in tensor.view(-1).split(AREA // 4):
+            areas = self._exchange(piece)
+            self._kernels.outrider_sum(areas, self.num_ranks, AREA, piece.data_ptr(), piece.numel())
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor, in their order. All give the same shape and dtype. Raises WorkerError if one has died."""
+        own = tensor.contiguous()
+        found = [torch.empty_like(own) for _ in range(self.num_ranks)]
+        views = [part.view(-1).view(torch.uint8) for part in found]
+        for start in range(0, own.nbytes, AREA):
+            piece = own.view(-1).view(torch.uint8)[start : start + AREA]
+            areas = self._exchange(piece)
+            for rank, view in enumerate(views):
+                ctypes.memmove(view.data_ptr() + start, areas + rank * AREA, piece.nbytes)
+        return found
+
+    def _exchange(self, piece: torch.Tensor) -> int:
+        """Meet with what each rank gives in its area; returns where the first area is.
+
+        The areas of the last meeting but one may be written over: who has come to the last one has read those.
+        """
+        areas = self._address + HEADER + self._num_meetings % 2 * self.num_ranks * AREA
+        ctypes.memmove(areas + self.rank * AREA, piece.data_ptr(), piece.nbytes)
+        self._kernels.outrider_arrive(self._address, self.num_ranks)
+        while not self._kernels.outrider_met(self._address, self._num_meetings, PATIENCE_US):
+            self._check_others()
+        self._num_meetings += 1
+        return areas
+
+    def _check_others(self) -> None:
+        for rank in range(self.num_ranks):
+            if rank == self.rank:
+                continue
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+            except OSError:
+                continue
+            raise WorkerError(f"shard {rank} of this replica has died")
+
+
+def size(num_ranks: int) -> int:
+    """Bytes of the shared memory."""
+    return HEADER + 2 * num_ranks * AREA
+
+
+def join(store: dist.Store, name: str, group: dist.ProcessGroup, rank: int, num_ranks: int) -> Nearby | None:
+    """Meet the group's ranks in shared memory, if they are all on this machine and have the kernels; on all or none.
+
+    `name` is the group's own in the store.
+    """
+    path, file = None, -1
+    if rank == 0:
+        folder = Path("/dev/shm")
+        try:
+            file, path = tempfile.mkstemp(prefix="outrider-", dir=folder if folder.is_dir() else None)
+            os.posix_fallocate(file, 0, size(num_ranks))
+            os.pwrite(file, b"\1", HEADER - 1)  # who opens another file of this name does not find it
+        except OSError:
+            path = None
+        store.set(name, path or "")
+    else:
+        path = store.get(name).decode()
+        try:
+            file = os.open(path, os.O_RDWR)
+        except OSError:
+            path = None
+    found = False
+    try:
+        library()
+        found = bool(path) and os.fstat(file).st_size == size(num_ranks) and os.pread(file, 1, HEADER - 1) == b"\1"
+    except (BuildError, OSError):
+        pass
+    agreed = torch.tensor([int(found)])
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=group)
+    nearby = Nearby(file, rank, num_ranks) if agreed.item() else None
+    dist.barrier(group=group)  # nobody looks for a dead one before all are there
+    if rank == 0 and path:
+        os.unlink(path)
+    if nearby is None and file >= 0:
+        os.close(file)
+    return nearby
