@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from runtime.config import Config
 from runtime.device import pick_device
+from runtime.model import native
 from runtime.model.gguf import cache_root
 from runtime.model.spec import ModelSpec
 from runtime.step import Choose, Commit, Row, Seq, StepPlan
@@ -233,6 +234,7 @@ def _place(config: Config, spec: ModelSpec) -> Path:
         asdict(spec).__repr__(),
         config.model.dtype,
         config.model.kernels,
+        native.available()[1],
         pick_device(config, 0).type,
         (config.parallel.lp, config.parallel.tp, config.parallel.threads),
         config.scheduler.max_rows,

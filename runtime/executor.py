@@ -47,6 +47,8 @@ class LocalExecutor:
     """The only rank of a 1x1 mesh, in this process."""
 
     def __init__(self, config: Config, spec: ModelSpec) -> None:
+        if config.parallel.threads is not None:
+            torch.set_num_threads(config.parallel.threads)
         self._worker = Worker(config, spec, mesh.Mesh(device=pick_device(config, 0)))
 
     def execute(self, plan: StepPlan) -> StepResult:
