@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 import typer
+import yaml
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from cluster.batch import parse, read_lines
-from runtime.config import CacheConfig
+from runtime.config import CacheConfig, LookaheadConfig
 from runtime.engine import Engine
 from runtime.equality import Gap, gap_by
 from runtime.request import Completion
@@ -78,6 +79,26 @@ class HuggingFace:
         )
         tokens = output[0, len(prompt) :].tolist()
         return Run(tuple(tokens), time.perf_counter() - started)
+
+
+def parse_try(text: str) -> tuple[str, dict[str, Any]]:
+    """NAME and the settings of NAME=key:value,key:value, for any key of `lookahead`; lists are written a+b.
+
+    Raises BadParameter; what the keys and values mean is checked where they are merged.
+    """
+    name, _, pairs = text.partition("=")
+    values: dict[str, Any] = {}
+    for pair in filter(None, pairs.split(",")):
+        key, colon, value = pair.partition(":")
+        if not colon:
+            raise typer.BadParameter(f"{pair}: write key:value.", param_hint="--try")
+        key, value = key.strip(), value.strip()
+        field_ = LookaheadConfig.model_fields.get(key)
+        is_list = field_ is not None and str(field_.annotation).startswith("tuple")
+        values[key] = value.split("+") if is_list else yaml.safe_load(value)
+    if not name or not values:
+        raise typer.BadParameter(f"{text}: write NAME=key:value,key:value.", param_hint="--try")
+    return name, values
 
 
 def check_parts(chosen: Collection[str], known: Sequence[str]) -> None:

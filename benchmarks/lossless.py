@@ -18,9 +18,9 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from benchmarks.common import DEFAULT_PROMPTS, HuggingFace, load_prompts, print_json, print_table, stderr
+from benchmarks.common import DEFAULT_PROMPTS, HuggingFace, load_prompts, parse_try, print_json, print_table, stderr
 from cluster.backends import open_engine
-from runtime.config import Config, SamplingParams
+from runtime.config import Config, LookaheadConfig, SamplingParams
 from runtime.engine import Engine
 from runtime.equality import Equality, Gap
 from runtime.model.loader import resolve_model
@@ -35,6 +35,10 @@ def main(
     limit: Annotated[int | None, typer.Option(help="First prompts only.")] = None,
     max_new_tokens: int = 128,
     shapes: Annotated[str, typer.Option(help="Meshes, LPxTP, comma-separated.")] = "1x1,2x1,4x1,1x2,1x3,2x2,8x1",
+    try_: Annotated[
+        list[str],
+        typer.Option("--try", help="One more lookahead setting: NAME=key:value,key:value (sources: a+b)."),
+    ] = [],  # noqa: B006
     config: Annotated[Path | None, typer.Option(help="Run config, YAML.")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="key.path=value")] = [],  # noqa: B006
 ) -> None:
@@ -46,6 +50,7 @@ def main(
     gap_of = reference.gap_of if reference else gap_under(run_config)
     greedy = SamplingParams(max_new_tokens=max_new_tokens)
     plain = run_config.lookahead.merged({"enabled": False})
+    tried = {name: run_config.lookahead.merged(values, "--try ") for name, values in map(parse_try, try_)}
     with open_engine(run_config.merged({"parallel": {}})) as engine:
         ids = [tokens for _, tokens in load_prompts(engine, prompts, limit)]
         expected = [engine.generate([prompt], greedy, plain)[0].token_ids for prompt in ids]
@@ -64,9 +69,9 @@ def main(
         started = time.perf_counter()
         with open_engine(run_config.merged({"parallel": {"lp": lp, "tp": tp}})) as engine:
             stderr.print(f"lp={lp} tp={tp}: up after {time.perf_counter() - started:.0f} s")
-            check(f"lp={lp} tp={tp} off", answers(engine, ids, greedy, enabled=False, together=False))
-            check(f"lp={lp} tp={tp} on", answers(engine, ids, greedy, enabled=True, together=False))
-            check(f"lp={lp} tp={tp} on, in company", answers(engine, ids, greedy, enabled=True, together=True))
+            for name, lookahead in {"off": plain, "on": run_config.lookahead, **tried}.items():
+                check(f"lp={lp} tp={tp} {name}", answers(engine, ids, greedy, lookahead, together=False))
+            check(f"lp={lp} tp={tp} on, in company", answers(engine, ids, greedy, run_config.lookahead, together=True))
     report(checks)
 
 
@@ -81,9 +86,8 @@ def gap_under(config: Config) -> Gap:
 
 
 def answers(
-    engine: Engine, ids: list[list[int]], sampling: SamplingParams, *, enabled: bool, together: bool
+    engine: Engine, ids: list[list[int]], sampling: SamplingParams, lookahead: LookaheadConfig, *, together: bool
 ) -> list[tuple[int, ...]]:
-    lookahead = engine.config.lookahead.merged({"enabled": enabled})
     groups = [ids] if together else [[prompt] for prompt in ids]
     return [answer.token_ids for group in groups for answer in engine.generate(group, sampling, lookahead)]
 

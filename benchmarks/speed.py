@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-import yaml
 from rich.progress import track
 
 from benchmarks.common import (
@@ -27,6 +26,7 @@ from benchmarks.common import (
     HuggingFace,
     Run,
     load_prompts,
+    parse_try,
     read_bandwidth,
     stderr,
 )
@@ -112,26 +112,6 @@ def outrider_methods(engine: Engine, max_new_tokens: int, tries: Sequence[str]) 
         return Method(name, run)
 
     return [method(name, lookahead) for name, lookahead in settings.items()]
-
-
-def parse_try(text: str) -> tuple[str, dict[str, Any]]:
-    """NAME and the settings of NAME=key:value,key:value, for any key of `lookahead`; lists are written a+b.
-
-    Raises BadParameter; what the keys and values mean is checked where they are merged.
-    """
-    name, _, pairs = text.partition("=")
-    values: dict[str, Any] = {}
-    for pair in filter(None, pairs.split(",")):
-        key, colon, value = pair.partition(":")
-        if not colon:
-            raise typer.BadParameter(f"{pair}: write key:value.", param_hint="--try")
-        key, value = key.strip(), value.strip()
-        field_ = LookaheadConfig.model_fields.get(key)
-        is_list = field_ is not None and str(field_.annotation).startswith("tuple")
-        values[key] = value.split("+") if is_list else yaml.safe_load(value)
-    if not name or not values:
-        raise typer.BadParameter(f"{text}: write NAME=key:value,key:value.", param_hint="--try")
-    return name, values
 
 
 def hugging_face_methods(models: Mapping[str, HuggingFace], max_new_tokens: int) -> list[Method]:

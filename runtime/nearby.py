@@ -54,7 +54,7 @@ class Nearby:
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's tensor, in their order. All give the same shape and dtype. Raises WorkerError if one has died."""
+        """Every rank's tensor, in their order; all give one shape and dtype. Raises WorkerError if one has died."""
         own = tensor.contiguous()
         found = [torch.empty_like(own) for _ in range(self.num_ranks)]
         views = [part.view(-1).view(torch.uint8) for part in found]

@@ -26,7 +26,7 @@ BLOCK = 128
 
 
 class Logits:
-    """Rows of logits over this shard's slice of the vocabulary, float32 [R, V_local], and the search for the largest."""
+    """Rows of logits over this shard's slice of the vocabulary, float32 [R, V_local], and the search for the best."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values

@@ -38,9 +38,9 @@ class RecycleTable:
 
     def __init__(self, max_contexts: int = MAX_CONTEXTS) -> None:
         self.max_contexts = max_contexts
-        self._tables: tuple[dict[tuple[int, ...], tuple[int, ...] | Likeliest], ...] = tuple({} for _ in range(MAX_ORDER))
-        """Words are unpacked when they are looked up, and kept so: most never are. Tuples, since the garbage collector need not
-        look into those again and again."""
+        self._tables: list[dict[tuple[int, ...], tuple[int, ...] | Likeliest]] = [{} for _ in range(MAX_ORDER)]
+        """Words are unpacked when they are looked up, and kept so: most never are. Tuples, since the garbage collector
+        need not look into those again and again."""
 
     def update(self, tail: tuple[int, ...], top: Sequence[int]) -> None:
         """The model's likeliest tokens, packed, after a text that ends in `tail` (MAX_ORDER tokens, or fewer at its

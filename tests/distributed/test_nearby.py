@@ -1,4 +1,4 @@
-"""Ranks of one machine add up through shared memory: the same bits on all, in the order of ranks; the dead are noticed."""
+"""Ranks of one machine add up through shared memory: the same bits on all; the dead are noticed."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from benchmarks import published, scaling, scaling_plots, scaling_report
-from benchmarks.common import Run
+from benchmarks.common import Run, parse_try
 from benchmarks.costs import Shape, splits, step_cost
 from benchmarks.peers import gguf_source, hugging_face_dtypes
 from benchmarks.projection import project
@@ -20,7 +20,7 @@ from benchmarks.roofline import DEVICES, EAGER, GRAPH, MODELS, TRANSPORT, StepTi
 from benchmarks.scaling_cells import OFF, SOURCE_SETS, Cell, Store, grid, key_of, parse_numbers, parse_sources
 from benchmarks.scaling_fits import expected_tokens, fit_acceptance, fit_line
 from benchmarks.scaling_run import largest_part
-from benchmarks.speed import outrider_methods, parse_try, plain_step_seconds
+from benchmarks.speed import outrider_methods, plain_step_seconds
 from benchmarks.speed_report import Floor, Method, verdict
 from runtime.config import Config, LookaheadConfig, ModelConfig
 from runtime.engine import Engine

@@ -300,8 +300,9 @@ class _Places:
         is_chain = np.count_nonzero(segment.ancestors) == count * (count + 1) // 2
         if is_chain:
             columns = _by_position(np.concatenate([stored, own]))
-            if sees is not None and sees[:, : len(stored)].all() and np.array_equal(sees[:, len(stored) :], segment.ancestors):
-                sees = None  # no row sees what comes after it
+            hides = sees is not None and not sees[:, : len(stored)].all()
+            if sees is not None and not hides and np.array_equal(sees[:, len(stored) :], segment.ancestors):
+                sees = None  # what comes after a row it does not see anyway
         else:
             tail_start = int(own.min()) // BLOCK * BLOCK
             num_shared = int(np.searchsorted(stored, tail_start))
