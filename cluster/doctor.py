@@ -160,7 +160,7 @@ def _native_kernels() -> str:
     works, detail = native.available()
     if not works:
         raise NotAvailable(detail, "Install g++ 11 or later: CPU workers are slower on torch's kernels.")
-    return detail
+    return f"{native.library().outrider_units().decode()}, {detail}"
 
 
 def _embedded_model() -> str:

@@ -1,4 +1,4 @@
-"""Compiling kernels.cpp, once per machine, and loading the result, once per process."""
+"""Compiling the kernels, once per machine, and loading the result, once per process."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from runtime.model.gguf import cache_root, locked
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fPIC", "-Wno-psabi")
 COMPILERS = ("g++", "clang++", "c++")
 TIMEOUT_S = 300.0
@@ -67,6 +68,7 @@ def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.outrider_arrive.argtypes = [pointer, count]
     kernels.outrider_met.argtypes, kernels.outrider_met.restype = [pointer, count, count], count
     kernels.outrider_sum.argtypes = [pointer, count, count, pointer, count]
+    kernels.outrider_units.argtypes, kernels.outrider_units.restype = [], ctypes.c_char_p
     for name in ("forward", "logits", "top", "arrive", "sum"):
         getattr(kernels, f"outrider_{name}").restype = None
     return kernels
@@ -100,7 +102,8 @@ def _openmp_of_torch() -> Path | None:
 
 def _built(command: tuple[str, ...], version: str, links_openmp: bool) -> Path:
     """The shared library, compiled on the first call. Several processes may call this at once. Raises BuildError."""
-    parts = (SOURCE.read_text(), version, _cpu(), *command, *FLAGS, str(links_openmp))
+    texts = (path.read_text() for path in (SOURCE, *HEADERS))
+    parts = (*texts, version, _cpu(), *command, *FLAGS, str(links_openmp))
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     target = cache_root() / "native" / f"kernels-{key}.so"
     if target.is_file():
