@@ -159,10 +159,11 @@ struct HeadAttention {
     const E *turned, *anchored;  // [queries, d]
     const int64_t d = model.head_dim, G = model.num_heads / model.num_kv_heads, num_queries = stop - first;
     const int64_t words = d * sizeof(E) / 4, features = round_up(d, PANEL);
+    const int64_t last = segment.num_stored + (stop - 1) / G;  // of the slot's rows that any of the queries sees
     const int64_t C = segment.num_columns, tail = segment.num_tail, width = C + tail;  // of a query's scores
     const int64_t shared = seen_columns();
     // In a tree the rows' own columns hold these rows of the slot. Their keys are multiplied once for all queries.
-    const int64_t in_tails = tail ? segment.num_stored + (stop - 1) / G + 1 - segment.first_in_tails : 0;
+    const int64_t in_tails = tail ? std::max<int64_t>(last + 1 - segment.first_in_tails, 0) : 0;
     const int64_t tail_width = round_up(in_tails, BLOCK);
     const int64_t panel_words = std::max(C, tail) * sizeof(E) / 4 * PANEL;  // of values
     uint32_t *key_panel = nullptr, *value_panels = nullptr;
@@ -192,7 +193,6 @@ struct HeadAttention {
    private:
     // The columns up to the last one that any of the queries sees
     int64_t seen_columns() const {
-        const int64_t last = segment.num_stored + (stop - 1) / G;
         const auto sees = [&](int64_t row) { return row >= 0 && row <= last; };
         int64_t count = C;
         while (count > BLOCK && std::none_of(segment.columns + count - BLOCK, segment.columns + count, sees)) count -= BLOCK;
@@ -225,8 +225,8 @@ struct HeadAttention {
         const int64_t* columns = segment.columns + at;
         make_key_panel(keys, [&](int64_t c) { return columns[c]; }, d, key_panel);
         all_tiles<E>(num_queries, key_panel, turned, words, words, scores + at, width);
-        const int64_t last = segment.num_stored + first / G;  // what all queries see
-        const bool is_whole = std::all_of(columns, columns + BLOCK, [&](int64_t row) { return row >= 0 && row <= last; });
+        const int64_t common = segment.num_stored + first / G;  // what all queries see
+        const bool is_whole = std::all_of(columns, columns + BLOCK, [&](int64_t row) { return row >= 0 && row <= common; });
         const bool has_anchors =
             std::any_of(columns, columns + BLOCK, [&](int64_t row) { return row >= 0 && row < segment.num_anchors; });
         if (is_whole && !has_anchors && !segment.sees) return;
@@ -290,7 +290,7 @@ struct HeadAttention {
             for (int64_t c = 0; c < count; ++c)
                 if (columns[c] >= 0 && columns[c] != holds[c])
                     put_value(values + (holds[c] = columns[c]) * d, c, d, panel_words, value_panels);
-            for (int64_t f = 0; f < features; f += PANEL)
+            for (int64_t f = 0; count && f < features; f += PANEL)
                 all_tiles<E>(next - query, value_panels + f / PANEL * panel_words, (E*)(scores + query * width) + C, width,
                              count * sizeof(E) / 4, sums + query * features + f, features, true);
             query = next;

@@ -297,26 +297,26 @@ class _Places:
     def _show(self, found: _Segment, segment: Segment, stored: Ints, sees: Bools | None) -> None:
         """Put the keys into columns. `stored` [n]: their positions. `sees` [t, n + t] what the rows see, None: all."""
         count, own = found.count, segment.positions
-        is_chain = np.count_nonzero(segment.ancestors) == count * (count + 1) // 2
-        if is_chain:
-            columns = _by_position(np.concatenate([stored, own]))
-            hides = sees is not None and not sees[:, : len(stored)].all()
-            if sees is not None and not hides and np.array_equal(sees[:, len(stored) :], segment.ancestors):
-                sees = None  # what comes after a row it does not see anyway
-        else:
-            tail_start = int(own.min()) // BLOCK * BLOCK
-            num_shared = int(np.searchsorted(stored, tail_start))
-            columns = _by_position(stored[:num_shared])
+        chained = segment.ancestors.sum(axis=1) == np.arange(1, count + 1)
+        num_chained = int(chained.argmin()) if not chained.all() else count  # rows that follow one another, the first
+        positions = np.concatenate([stored, own])
+        num_shared = found.num_stored + num_chained
+        if num_chained < count:
             assert sees is not None
+            tail_start = int(own[num_chained:].min()) // BLOCK * BLOCK
+            num_shared = int(np.searchsorted(positions[:num_shared], tail_start))
             rows, members = sees[:, num_shared:].nonzero()
             members += num_shared
-            places = np.concatenate([stored, own])[members] - tail_start
+            places = positions[members] - tail_start
             tails = np.full((count, -(-int(places.max() + 1) // BLOCK) * BLOCK), -1)
             tails[rows, places] = members
             found.tails, found.num_tail, found.first_in_tails = self._address(tails), tails.shape[1], num_shared
-            sees = None if sees[:, :num_shared].all() else sees
+        columns = _by_position(positions[:num_shared])
         found.columns, found.num_columns = self._address(columns), len(columns)
-        if sees is not None:
+        if sees is None:
+            return
+        up_to_itself = np.arange(num_shared) <= found.num_stored + np.arange(count)[:, None]
+        if not np.array_equal(sees[:, :num_shared], up_to_itself):
             found.sees = self._address(sees[:, columns])
 
     def _address(self, array: np.ndarray) -> int:
