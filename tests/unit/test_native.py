@@ -166,8 +166,8 @@ class Stream:
 
 
 def tree_around(path: int, count: int, room: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """Parents of a random tree of `count` rows, none deeper than `room`, and the rows of a path in it, that long: the first
-    ones, as where a prompt's end has guesses behind it, or any."""
+    """Parents of a random tree of `count` rows, none deeper than `room`, and the rows of a path in it, that long:
+    the first ones, as where a prompt's end has guesses behind it, or any."""
     on_path = list(range(path)) if rng.random() < 0.3 else sorted(rng.choice(count, path, replace=False).tolist())
     parents, depths = [], []
     for row in range(count):

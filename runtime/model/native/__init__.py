@@ -4,7 +4,7 @@ They make a row's result independent, bit for bit, of the other rows in its step
 and in bfloat16, and they cost a small step little more than reading the weights once.
 """
 
-from runtime.model.native.build import available
+from runtime.model.native.build import available, library
 from runtime.model.native.decoder import NativeDecoder, obstacle
 
-__all__ = ["NativeDecoder", "available", "obstacle"]
+__all__ = ["NativeDecoder", "available", "library", "obstacle"]
