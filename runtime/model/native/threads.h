@@ -35,7 +35,7 @@ class Barrier {
             phase.notify_all();
             return;
         }
-        for (int spin = 0; spin < 2000; ++spin) {  // 30 to 100 microseconds
+        for (int spin = 0; spin < 8000; ++spin) {  // 100 microseconds and more
             if (phase.load(std::memory_order_acquire) != current) return;
 #if defined(__x86_64__)
             __builtin_ia32_pause();
