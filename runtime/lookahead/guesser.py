@@ -46,7 +46,8 @@ class Guesser:
         """What may follow a node."""
         columns: list[Column] = []
         for source in self.sources:
-            columns += source.propose(tail, depth)
+            if not source.is_silent:
+                columns += source.propose(tail, depth)
         return self.judge.judge(columns)
 
     def learn(

@@ -32,6 +32,11 @@ class Source:
         """The numbers of its features."""
         return range(self.first_feature, self.first_feature + len(self.PRIORS))
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether it has nothing to propose in this step."""
+        return False
+
     def propose(self, tail: tuple[int, ...], depth: int) -> Iterable[Column]:
         """Tokens that may follow a text that ends in `tail`, of which the last `depth` tokens are guesses."""
         raise NotImplementedError
@@ -66,6 +71,10 @@ class JacobiSource(Source):
         self._laid_out = False
         self._next: dict[tuple[int, ...], list[int]] = {}  # guesses so far -> what follows them in the pool, new first
 
+    @property
+    def is_silent(self) -> bool:
+        return self.window is None and self._needs_window
+
     def propose(self, tail: tuple[int, ...], depth: int) -> Iterable[Column]:
         if depth == 0:
             self._next.clear()
@@ -74,8 +83,7 @@ class JacobiSource(Source):
                     followers = self._next.setdefault(ngram[:length], [])
                     if token not in followers:
                         followers.append(token)
-        is_silent = self.window is None and self._needs_window or depth >= TAIL
-        followers = [] if is_silent else self._next.get(tail[len(tail) - depth :] if depth else (), [])
+        followers = [] if depth >= TAIL else self._next.get(tail[len(tail) - depth :] if depth else (), [])
         first = self.first_feature + 1 + min(depth, self.DEPTHS - 1) * self.AGES
         oldest = self.AGES - 1
         yield Column(self.first_feature, first, [(token, min(age, oldest)) for age, token in enumerate(followers)])
@@ -98,7 +106,7 @@ class JacobiSource(Source):
                 self.pool.add(ngram)
 
     def observe(self, text: Sequence[int], num_new: int, is_prompt: bool) -> None:
-        if self.window is None and self._needs_window:
+        if self.is_silent:
             return
         if self.config.pool_from_prompt if is_prompt else self.config.pool_from_output:
             self.pool.add_text(text[-(num_new + self.config.ngram_size - 1) :])

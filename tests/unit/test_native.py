@@ -23,6 +23,7 @@ from runtime.model.decoder import Decoder
 from runtime.model.loader import load_decoder, load_spec
 from runtime.model.native import NativeDecoder, build
 from runtime.retention import layer_groups
+from runtime.sampler import Logits
 from tests.models import save_tiny_model
 from tests.oracles import POLICIES, some_text
 from tests.zoo import VARIANTS, Runner, make_model, some_tokens
@@ -96,6 +97,24 @@ def test_native_equals_torch_under_every_policy(tmp_path: Path, policy: str) -> 
         assert (ours - theirs).abs().max() < 1e-4
         for stream in streams:
             stream.commit(list(range(count)), chunk)
+
+
+@pytest.mark.parametrize("k", [1, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_native_search_finds_what_torch_finds(tmp_path: Path, dtype: torch.dtype, k: int) -> None:
+    """The vocabulary fills no whole number of panels; of equal logits the first one is the best."""
+    save_tiny_model(tmp_path)
+    decoder = load(tmp_path, dtype)
+    hidden = torch.randn(9, decoder.spec.hidden_size, generator=torch.Generator().manual_seed(k)) * 3
+    hidden[4] = 0  # all logits are equal
+    found = decoder.search(hidden, k)
+    assert torch.equal(found.values, decoder.logits(hidden)) and found.values.shape[1] == decoder.spec.vocab_size
+    theirs = Logits(found.values)
+    assert all(torch.equal(one, other) for one, other in zip(found.best(), theirs.best(), strict=True))
+    values, places, rest = found.top(k)
+    assert torch.equal(values, theirs.top(k)[0]) and torch.equal(found.values.gather(1, places), values)
+    others = found.values.scatter(1, places, -torch.inf).logsumexp(1)
+    assert (rest <= others + 1e-4).all() and (rest > others - 4).all()
 
 
 class _Joined(Mesh):

@@ -167,8 +167,9 @@ struct HeadAttention {
     const int64_t tail_width = round_up(in_tails, BLOCK);
     const int64_t panel_words = std::max(C, tail) * sizeof(E) / 4 * PANEL;  // of values
     uint32_t *key_panel = nullptr, *value_panels = nullptr;
-    float *scores = nullptr, *tail_scores = nullptr, *sums = nullptr;  // [queries, width], [queries, tail_width], [queries, features]
-    Vec* wholes = nullptr;  // [queries]
+    float *scores = nullptr, *tail_scores = nullptr;  // [queries, width], [queries, tail_width]
+    float* sums = nullptr;                            // [queries, features]
+    Vec* wholes = nullptr;                            // [queries]
 
     void run(E* out, int64_t out_stride) {
         take_memory();
@@ -283,7 +284,8 @@ struct HeadAttention {
     void weigh_tails() const {
         static thread_local std::vector<int64_t> holds;
         holds.assign(tail, -1);
-        std::fill_n(value_panels, panel_words * features / PANEL, 0);
+        for (int64_t f = 0; f < features; f += PANEL)
+            std::fill_n(value_panels + f / PANEL * panel_words, tail * sizeof(E) / 4 * PANEL, 0);
         for (int64_t query = 0; query < num_queries;) {
             const int64_t *columns = tail_columns(query), count = tail_of(query);
             const int64_t next = std::min(((first + query) / G + 1) * G - first, num_queries);
