@@ -82,8 +82,9 @@ class RunningCost:
 
     RATE = 0.05
     """Weight of one step in the correction at its own number of rows."""
-    ELSEWHERE = 0.2
-    """How much of a correction holds for other numbers of rows, too: machines slow down as a whole."""
+    ELSEWHERE = 0.9
+    """How much of a correction holds for other numbers of rows, too: machines slow down as a whole, and a step also
+    takes longer the more tokens are cached, which is not the doing of its number of rows."""
     OUTLIER = 3.0
     """Steps that take this many times what was expected, or less than its inverse, say little: a machine's hiccup."""
 
