@@ -70,14 +70,17 @@ def report(
         steps = sum(usage.num_steps for usage in usages)
         tokens_per_step = sum(usage.num_new_tokens for usage in usages) / steps if steps else None
         rows_per_step = sum(usage.num_rows for usage in usages) / steps if steps else None
+        decoding_s = sum(usage.latency_s - usage.ttft_s for usage in usages)
+        decoding = sum(usage.num_new_tokens - 1 for usage in usages) / decoding_s if decoding_s else None
         equality = equalities[method.name]
         same = "-" if method is plain else verdict(equality, method.peer)
-        shown = [f"{value:.2f}" if value else "-" for value in (tokens_per_step, rows_per_step)]
+        shown = [f"{value:.2f}" if value else "-" for value in (decoding, tokens_per_step, rows_per_step)]
         rows.append([method.name, f"{speed:.2f}", f"{ratio:.2f}", *shown, same])
         result: dict[str, Any] = {
             "method": method.name,
             "tokens_per_s": speed,
             "speedup_over_lookahead_off": ratio,
+            "decoding_tokens_per_s": decoding,
             "tokens_per_step": tokens_per_step,
             "rows_per_step": rows_per_step,
             "identical_tokens": equality.num_tokens,
@@ -94,7 +97,8 @@ def report(
         results.append(result)
     mesh = f"lp={config.parallel.lp} tp={config.parallel.tp}"
     title = f"{num_prompts} prompts, up to {max_new_tokens} new tokens, {dtype}, {mesh} (medians)"
-    print_table(title, ["method", "tokens/s", f"x {BASELINE}", "tokens/step", "rows/step", "same tokens"], rows)
+    columns = ["method", "tokens/s", f"x {BASELINE}", "past the first", "tokens/step", "rows/step", "same tokens"]
+    print_table(title, columns, rows)
     print_table("where a step's time goes, ms", ["method", *PHASES, "step", "overhead"], breakdown)
     print_floor(floor, dtype)
     if plot:

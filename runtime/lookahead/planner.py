@@ -19,7 +19,7 @@ from runtime.lookahead.tree import CandidateTree
 CHECK_EVERY = 8
 """Candidates between two looks at whether still more could pay."""
 
-CAUTION = 0.04
+CAUTION = 0.02
 """Expected gain below which plain decoding is kept: estimates are not better than this."""
 
 

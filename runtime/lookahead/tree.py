@@ -13,6 +13,10 @@ from runtime.step import Choose
 Expand = Callable[[tuple[int, ...], int], Guesses]
 """(the tokens before a node and its own, how many of the last of them are guesses) -> what may follow."""
 
+RUN = 0.96
+"""What a guess behind a guess is trusted beside its own probability: where one of a run is wrong although it looked safe,
+the next ones are, too."""
+
 
 @dataclass(slots=True)
 class Node:
@@ -88,7 +92,7 @@ class CandidateTree:
         """Let a node's guess with this index compete; the ones after it are less likely."""
         ranked = node.guesses.ranked
         if index < len(ranked):
-            path = node.probability * probability(ranked[index][0])
+            path = node.probability * probability(ranked[index][0]) * (RUN if node.depth else 1.0)
             heapq.heappush(self._frontier, (-path, len(self.rows), node.row, index))
 
     def decided(self, chosen: Sequence[int]) -> list[Node]:
