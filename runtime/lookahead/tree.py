@@ -14,7 +14,7 @@ Expand = Callable[[tuple[int, ...], int], Guesses]
 """(the tokens before a node and its own, how many of the last of them are guesses) -> what may follow."""
 
 RUN = 0.96
-"""What a guess behind a guess is trusted beside its own probability: where one of a run is wrong although it looked safe,
+"""How far a guess behind a guess is trusted beside its own probability: where one of a run that looked safe is wrong,
 the next ones are, too."""
 
 

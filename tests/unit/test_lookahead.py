@@ -18,7 +18,7 @@ from runtime.lookahead.recycling import RecycleTable
 from runtime.lookahead.rows import TAIL, SequenceRows
 from runtime.lookahead.sequence import Sequence
 from runtime.lookahead.sources import SOURCES, Source, SuffixSource, first_features, priors
-from runtime.lookahead.tree import CandidateTree
+from runtime.lookahead.tree import RUN, CandidateTree
 from runtime.lookahead.window import Window
 from runtime.request import Request
 from runtime.retention import LayerGroup, Ledger, Sliding
@@ -263,9 +263,9 @@ FOREST = {(): [(0.6, 1), (0.3, 4)], (1,): [(0.9, 2), (0.05, 3)], (1, 2): [(0.5, 
 def test_tree_grows_likeliest_path_first_and_walks_the_longest():
     tree = plant(FOREST)
     tree.fill(5)
-    assert tree.rows.tokens == [5, 1, 2, 4, 9, 7]  # 0.6, 0.54, 0.3, 0.27, 0.15
+    assert tree.rows.tokens == [5, 1, 2, 4, 9, 7]  # 0.6, 0.54, 0.3, 0.27, 0.15, but for RUN
     assert tree.rows.parents == [-1, 0, 1, 0, 2, 3]
-    assert tree.margin == pytest.approx(0.15)
+    assert tree.margin == pytest.approx(0.15 * RUN)
     assert tree.walk([1, 2, 9, 0, 6, 0]) == ([1, 2, 4], [1, 2, 9, 6])
     assert tree.walk([8, 0, 0, 0, 0, 0]) == ([], [8])
     assert [node.row for node in tree.decided([1, 2, 8, 0, 0, 0])] == [0, 1, 2]
@@ -286,7 +286,8 @@ def test_tree_keeps_within_its_room_depth_and_what_it_is_cut_to():
 def test_planner_takes_what_pays_by_the_cost_of_rows():
     free = np.ones(200)
     tree = plant(FOREST)
-    assert planner.grow([Bed(tree, 99)], 1, free) == pytest.approx(1 + 0.6 + 0.54 + 0.3 + 0.27 + 0.15 + 0.03)
+    expected = 1 + 0.6 + 0.54 * RUN + 0.3 + 0.27 * RUN**2 + 0.15 * RUN + 0.03 * RUN
+    assert planner.grow([Bed(tree, 99)], 1, free) == pytest.approx(expected)
     assert tree.num_candidates == 6
     dear = 0.48 + 0.52 * np.arange(200)  # a row costs half of what the first did
     tree = plant(FOREST)
