@@ -12,12 +12,14 @@ import fcntl
 import mmap
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from runtime.errors import WorkerError
+from runtime.mesh import COLLECTIVE_TIMEOUT_S
 from runtime.model.native.build import BuildError, library
 
 AREA = 1 << 20
@@ -73,8 +75,11 @@ class Nearby:
         areas = self._address + HEADER + self._num_meetings % 2 * self.num_ranks * AREA
         ctypes.memmove(areas + self.rank * AREA, piece.data_ptr(), piece.nbytes)
         self._kernels.outrider_arrive(self._address, self.num_ranks)
+        deadline = time.monotonic() + COLLECTIVE_TIMEOUT_S
         while not self._kernels.outrider_met(self._address, self._num_meetings, PATIENCE_US):
             self._check_others()
+            if time.monotonic() > deadline:
+                raise WorkerError(f"another shard of this replica has not come within {COLLECTIVE_TIMEOUT_S:.0f} s")
         self._num_meetings += 1
         return areas
 

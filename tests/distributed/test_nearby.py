@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -84,3 +86,30 @@ def test_ranks_that_do_not_share_a_machine_keep_to_sockets(monkeypatch: pytest.M
         assert nearby.join(store, "refused", dist.group.WORLD, 0, 1) is None
     finally:
         dist.destroy_process_group()
+
+
+HOLDS = """
+import fcntl, sys, time
+file = open(sys.argv[1], "r+b")
+fcntl.lockf(file, fcntl.LOCK_EX, 1, 1)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_rank_that_does_not_come_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearby, "COLLECTIVE_TIMEOUT_S", 0.3)
+    path = tmp_path / "memory"
+    path.write_bytes(bytes(nearby.size(2)))
+    other = subprocess.Popen([sys.executable, "-c", HOLDS, str(path)], stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    try:
+        other.stdout.readline()
+        ranks = nearby.Nearby(os.open(path, os.O_RDWR), 0, 2)
+        with pytest.raises(WorkerError, match="has not come"):
+            ranks.all_reduce(torch.ones(3))
+    finally:
+        other.kill()
+        other.wait()
+    with pytest.raises(WorkerError, match="has died"):
+        ranks.all_reduce(torch.ones(3))
