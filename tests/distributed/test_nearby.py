@@ -111,5 +111,3 @@ def test_a_rank_that_does_not_come_ends_the_wait(tmp_path: Path, monkeypatch: py
     finally:
         other.kill()
         other.wait()
-    with pytest.raises(WorkerError, match="has died"):
-        ranks.all_reduce(torch.ones(3))
