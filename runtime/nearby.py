@@ -7,6 +7,7 @@ ranks, so that all get the same bits.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -36,7 +37,8 @@ class Nearby:
     """The ranks of one group, all on this machine. Every rank makes the same calls in the same order."""
 
     def __init__(self, file: int, rank: int, num_ranks: int) -> None:
-        """`file` is open for all ranks, `size(num_ranks)` bytes of zeros; this object closes it."""
+        """`file` is open for all ranks, `size(num_ranks)` bytes, zeros where they meet. It stays open: it holds this
+        rank's lock."""
         self.rank, self.num_ranks = rank, num_ranks
         self._file = file
         self._kernels = library()
@@ -104,33 +106,26 @@ def join(store: dist.Store, name: str, group: dist.ProcessGroup, rank: int, num_
 
     `name` is the group's own in the store.
     """
-    path, file = None, -1
+    path, file = "", -1
     if rank == 0:
         folder = Path("/dev/shm")
-        try:
+        with contextlib.suppress(OSError):
             file, path = tempfile.mkstemp(prefix="outrider-", dir=folder if folder.is_dir() else None)
             os.posix_fallocate(file, 0, size(num_ranks))
-            os.pwrite(file, b"\1", HEADER - 1)  # who opens another file of this name does not find it
-        except OSError:
-            path = None
-        store.set(name, path or "")
+            os.pwrite(file, b"\1", HEADER - 1)  # all is there; who opens another file of this name does not find it
+        store.set(name, path)
     else:
-        path = store.get(name).decode()
-        try:
-            file = os.open(path, os.O_RDWR)
-        except OSError:
-            path = None
+        with contextlib.suppress(OSError):
+            file = os.open(store.get(name).decode(), os.O_RDWR)
     found = False
-    try:
+    with contextlib.suppress(BuildError, OSError):
         library()
-        found = bool(path) and os.fstat(file).st_size == size(num_ranks) and os.pread(file, 1, HEADER - 1) == b"\1"
-    except (BuildError, OSError):
-        pass
+        found = os.fstat(file).st_size == size(num_ranks) and os.pread(file, 1, HEADER - 1) == b"\1"
     agreed = torch.tensor([int(found)])
     dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=group)
     nearby = Nearby(file, rank, num_ranks) if agreed.item() else None
     dist.barrier(group=group)  # nobody looks for a dead one before all are there
-    if rank == 0 and path:
+    if path:
         os.unlink(path)
     if nearby is None and file >= 0:
         os.close(file)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -76,16 +77,25 @@ def test_all_ranks_get_the_sum_and_notice_who_dies(tmp_path: Path) -> None:
     assert {path.name for path in Path("/dev/shm").glob("outrider-*")} == before  # nothing is left behind
 
 
-def test_ranks_that_do_not_share_a_machine_keep_to_sockets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The others cannot open what the first one has made: here, because its folder refuses it."""
+def refuse(*_: object, **__: object) -> None:
+    raise OSError("no space")
+
+
+@pytest.mark.parametrize(("module", "name"), [(nearby.tempfile, "mkstemp"), (nearby.os, "posix_fallocate")])
+def test_ranks_without_a_common_memory_keep_to_sockets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: ModuleType, name: str
+) -> None:
+    """The others cannot open what the first one has made: here, because its folder refuses it, or has no room."""
+    before = {path.name for path in Path("/dev/shm").glob("outrider-*")}
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         assert dist.group.WORLD is not None
-        monkeypatch.setattr(nearby.tempfile, "mkstemp", lambda **_: (_ for _ in ()).throw(OSError("no space")))
+        monkeypatch.setattr(module, name, refuse)
         assert nearby.join(store, "refused", dist.group.WORLD, 0, 1) is None
     finally:
         dist.destroy_process_group()
+    assert {path.name for path in Path("/dev/shm").glob("outrider-*")} == before  # nothing is left behind
 
 
 HOLDS = """
