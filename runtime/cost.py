@@ -228,6 +228,7 @@ def say(text: str) -> None:
 
 
 def _place(config: Config, spec: ModelSpec) -> Path:
+    device = pick_device(config, 0).type
     key = (
         FORMAT,
         _machine(),
@@ -235,8 +236,8 @@ def _place(config: Config, spec: ModelSpec) -> Path:
         asdict(spec).__repr__(),
         config.model.dtype,
         config.model.kernels,
-        native.available()[1],
-        pick_device(config, 0).type,
+        native.available()[1] if device == "cpu" and config.model.kernels != "torch" else "",
+        device,
         (config.parallel.lp, config.parallel.tp, config.parallel.threads),
         config.scheduler.max_rows,
         config.cache.model_dump(),

@@ -176,8 +176,8 @@ struct HeadAttention {
         for (int64_t at = 0; at < shared; at += BLOCK) score(at);
         for (int64_t at = 0; at < in_tails; at += BLOCK) score_tails(at);
         for (int64_t query = 0; query < num_queries; ++query) {
-            if (tail) collect_tail(query);
-            wholes[query] = soften(scores + query * width, shared + (tail ? tail_of(query) : 0));
+            const int64_t own = tail ? collect_tail(query) : 0;
+            wholes[query] = soften(scores + query * width, shared + own);
         }
         make_value_panels(values, segment.columns, shared, d, panel_words, value_panels);
         for (int64_t f = 0; f < features; f += PANEL)
@@ -272,11 +272,13 @@ struct HeadAttention {
         return round_up(count, BLOCK);
     }
 
-    void collect_tail(int64_t query) const {
+    // Scores of a query's own columns go behind those of the shared ones; returns how many they are
+    int64_t collect_tail(int64_t query) const {
         const int64_t *columns = tail_columns(query), count = tail_of(query);
         const float* from = tail_scores + query * tail_width - segment.first_in_tails;
         float* to = scores + query * width + C;
         for (int64_t c = 0; c < count; ++c) to[c] = columns[c] < 0 ? -INFINITE : from[columns[c]];
+        return count;
     }
 
     // What the rows' own columns add to the sums. From row to row only the values in columns that differ are put in
@@ -305,10 +307,8 @@ struct HeadAttention {
         for (int64_t i = LANES; i < count; i += LANES) most = larger(widen(scores + i), most);
         const float top = maximum(most);
         Vec whole = {};
-        for (int64_t i = 0; i < count; i += LANES) {
-            const Vec below = widen(scores + i) - top;
-            whole += narrow(select(below < -87.0f, Vec{}, exponential(below)), (E*)scores + i);
-        }
+        for (int64_t i = 0; i < count; i += LANES)
+            whole += narrow(weight_of(widen(scores + i) - top), (E*)scores + i);
         return whole;
     }
 };

@@ -165,29 +165,36 @@ class NativeDecoder(CacheMaker):
             self.mesh.all_reduce(partial)
         return residual.add_(partial)[:, : self.spec.hidden_size]
 
+    @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows [R, D] of what `forward` returned -> float32 [R, V_local], token ids as `vocab_range` says."""
-        return self.search(hidden, 1).values
+        return self._run_head(hidden)[0][:, : self._model.vocabulary]
 
     @torch.inference_mode()
     def search(self, hidden: torch.Tensor, k: int) -> Logits:
         """The same, searched for the k largest."""
+        logits, largest = self._run_head(hidden)
+        num_rows = len(hidden)
+        values, rest = torch.empty(num_rows, k), torch.empty(num_rows)
+        places = torch.empty(num_rows, k, dtype=torch.int64)
+        addresses = (tensor.data_ptr() for tensor in (logits, largest))
+        results = (tensor.data_ptr() for tensor in (values, places, rest))
+        num_threads = self._num_threads(num_rows)
+        self._kernels.outrider_top(*addresses, num_rows, self._model.head.panels, k, *results, num_threads)
+        return NativeLogits(logits[:, : self._model.vocabulary], values, places, rest)
+
+    def _run_head(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of rows [R, D], up to a whole panel, and the largest of each panel, with room behind them."""
         num_rows, head = len(hidden), self._model.head
         rows = torch.zeros(num_rows, self._width)
         rows[:, : self.spec.hidden_size] = hidden
         logits = torch.empty(num_rows, head.panels * PANEL)
-        largest = torch.empty(num_rows, head.panels + LANES)  # of each panel
-        model, num_threads = ctypes.byref(self._model), self._num_threads(num_rows)
+        largest = torch.empty(num_rows, head.panels + LANES)
+        model = ctypes.byref(self._model)
         scratch = torch.empty(self._kernels.outrider_head_scratch(model, num_rows), dtype=torch.uint8)
         addresses = (tensor.data_ptr() for tensor in (rows, scratch, logits, largest))
-        self._kernels.outrider_logits(model, num_rows, *addresses, num_threads)
-        values, rest = torch.empty(num_rows, k), torch.empty(num_rows)
-        places = torch.empty(num_rows, k, dtype=torch.int64)
-        addresses = (tensor.data_ptr() for tensor in (values, places, rest))
-        self._kernels.outrider_top(
-            logits.data_ptr(), largest.data_ptr(), num_rows, head.panels, k, *addresses, num_threads
-        )
-        return NativeLogits(logits[:, : self._model.vocabulary], values, places, rest)
+        self._kernels.outrider_logits(model, num_rows, *addresses, self._num_threads(num_rows))
+        return logits, largest
 
     def _num_threads(self, num_rows: int) -> int:
         layer = self._layers[0]

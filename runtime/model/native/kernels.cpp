@@ -1,4 +1,4 @@
-// A step's rows through a Llama-family decoder on the CPU. Driven by decoder.py, which mirrors the structs below.
+// A step's rows through a Llama-family decoder on the CPU. Driven by decoder.py, which mirrors the structs of layout.h.
 //
 // The promise: a row's result is the same to the last bit whatever other rows are in the step, whether an ancestor
 // stands in the cache or among the step's rows, and whether keys that the row does not see are stored in between.
@@ -124,10 +124,7 @@ void find_top(const float* logits, float* largest, int64_t panels, int64_t k, fl
         found[best] = -INFINITE;
     }
     Vec sum = {};
-    for (int64_t i = 0; i < count; i += LANES) {
-        const Vec below = widen(largest + i) - top;
-        sum += select(below < -87.0f, Vec{}, exponential(below));
-    }
+    for (int64_t i = 0; i < count; i += LANES) sum += weight_of(widen(largest + i) - top);
     *rest = top + std::log(total(sum));
 }
 

@@ -162,4 +162,7 @@ INLINE Vec exponential(Vec x) {
     return (Vec)((Ints)result + ((Ints)shifted << 23));
 }
 
+// The same for x up to 0, and 0 where it is below -87
+INLINE Vec weight_of(Vec x) { return select(x < -87.0f, Vec{}, exponential(x)); }
+
 }  // namespace
