@@ -21,7 +21,8 @@ import typer
 
 from benchmarks.common import HuggingFace, Run, stderr
 from runtime.config import ModelConfig
-from runtime.model.gguf import cache_root, embedded_file
+from runtime.disk import cache_root
+from runtime.model.gguf import embedded_file
 from runtime.model.loader import resolve_model
 
 DTYPES = {"auto": ("bfloat16", "float32"), "float32": ("float32",), "bfloat16": ("bfloat16",)}

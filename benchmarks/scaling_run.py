@@ -14,7 +14,7 @@ from benchmarks.scaling_cells import Cell
 from benchmarks.speed_report import PHASES
 from runtime.config import LookaheadConfig, SamplingParams
 from runtime.engine import Engine
-from runtime.lookahead.partition import partition
+from runtime.lookahead.core import partition
 from runtime.step import Commit, Row, StepPlan, StepResult
 from runtime.worker import result_words, wire_layout
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from runtime.config import Config
 from runtime.device import pick_device
+from runtime.disk import cache_root
 from runtime.model import native
-from runtime.model.gguf import cache_root
 from runtime.model.spec import ModelSpec
 from runtime.step import Choose, Commit, Row, Seq, StepPlan
 
@@ -130,7 +130,7 @@ def measure(
     executor: Executor, config: Config, spec: ModelSpec, top_k: int, grid: tuple[int, ...] = GRID, rounds: int = ROUNDS
 ) -> CostCurve:
     """Time steps of the whole mesh, in a few seconds. No sequence may be running: slot 0 is written over."""
-    from runtime.lookahead.partition import partition
+    from runtime.lookahead.core import partition
 
     generator = random.Random(0)
     capacity = config.cache.slot_capacity(spec.max_positions)

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from runtime.compiler import BuildError
 from runtime.errors import WorkerError
 from runtime.mesh import COLLECTIVE_TIMEOUT_S
-from runtime.model.native.build import BuildError, library
+from runtime.model.native.build import library
 
 AREA = 1 << 20
 """Bytes of a rank's part; what is larger goes piece by piece."""

@@ -11,11 +11,9 @@ import numpy as np
 from runtime.config import Config
 from runtime.cost import RunningCost, assumed
 from runtime.errors import InvalidRequestError, ResourceExhaustedError
-from runtime.lookahead import planner
+from runtime.lookahead import core
+from runtime.lookahead.core import CandidateTree, SequenceRows
 from runtime.lookahead.knowledge import Knowledge
-from runtime.lookahead.partition import partition
-from runtime.lookahead.planner import Bed
-from runtime.lookahead.rows import SequenceRows
 from runtime.lookahead.sequence import Sequence, StepRows
 from runtime.model.spec import ModelSpec
 from runtime.request import Request, Usage
@@ -176,7 +174,7 @@ class Scheduler:
         prompt_rows = min(sum(s.num_uncached for s in sequences if s.num_uncached > 1), limit)
         guess_rows = (max_rows - (len(sequences) - prompts) - prompt_rows) // len(sequences)
         steps: list[tuple[Sequence, StepRows]] = []
-        beds: list[Bed] = []
+        beds: list[tuple[CandidateTree, int]] = []
         for sequence in sequences:
             chain = 1
             if sequence.num_uncached > 1:
@@ -191,12 +189,12 @@ class Scheduler:
             if step.tree is not None:
                 room -= len(step.rows) - step.num_chain
                 if lookahead.planner:
-                    beds.append(Bed(step.tree, room))
+                    beds.append((step.tree, room))
                 else:
                     step.tree.fill(room)
         num_replicas = self.config.parallel.lp
         if beds:
-            planner.grow(beds, sum(len(step.rows) for _, step in steps), self.cost.seconds)
+            core.grow(beds, sum(len(step.rows) for _, step in steps), self.cost.seconds)
             if not self.cost.shares[sum(len(step.rows) for _, step in steps)]:
                 num_replicas = 1
         parts: list[Part] = []
@@ -209,14 +207,12 @@ class Scheduler:
 
     def _assemble(self, parts: list[Part], num_replicas: int) -> StepPlan:
         rows = np.zeros((sum(len(part.rows) for part in parts), len(Row)), np.int32)
-        parents: list[int] = []
         for part in parts:
             block = rows[part.start : part.start + len(part.rows)]
-            block[:, Row.TOKEN], block[:, Row.POSITION] = part.rows.tokens, part.rows.positions
-            block[:, Row.SLOT], block[:, Row.CHOOSE] = part.sequence.slot, part.rows.choose
-            parents += [parent + part.start if parent >= 0 else -1 for parent in part.rows.parents]
-        rows[:, Row.PARENT] = parents
-        rows[:, Row.OWNER], rows[:, Row.REPLICAS] = partition(parents, num_replicas)
+            block[:, : Row.SLOT] = part.rows.as_array()
+            block[:, Row.PARENT] += part.start * (block[:, Row.PARENT] >= 0)
+            block[:, Row.SLOT] = part.sequence.slot
+        rows[:, Row.OWNER], rows[:, Row.REPLICAS] = core.partition(rows[:, Row.PARENT], num_replicas)
         commits = [self._commits[slot] for slot in sorted(self._commits)]
         plan = StepPlan(rows, np.stack([_parameters(part.sequence) for part in parts]))
         if commits:

@@ -32,13 +32,13 @@ class Choose(IntEnum):
 
 
 class Row(IntEnum):
-    """Columns of `StepPlan.rows`."""
+    """Columns of `StepPlan.rows`; the first four are those of SequenceRows.as_array."""
 
     TOKEN = 0
     POSITION = 1
     PARENT = 2  # row index in this step, or -1: attends to the cache directly
-    SLOT = 3  # cache slot of its sequence; rows of one slot stand together
-    CHOOSE = 4
+    CHOOSE = 3
+    SLOT = 4  # cache slot of its sequence; rows of one slot stand together
     OWNER = 5  # replica that computes its logits
     REPLICAS = 6  # bit r set: replica r runs the row (its owner, or an ancestor some replica needs)
 

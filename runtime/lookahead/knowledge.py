@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from runtime.lookahead.acceptance import Acceptance
-from runtime.lookahead.planner import WindowChooser
-from runtime.lookahead.recycling import RecycleTable
+from runtime.lookahead.core import Acceptance, RecycleTable
 from runtime.lookahead.sources import priors
+from runtime.lookahead.window import WindowChooser
 
 
 class Knowledge:

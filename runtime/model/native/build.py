@@ -1,31 +1,18 @@
-"""Compiling the kernels, once per machine, and loading the result, once per process."""
+"""The CPU kernels: compiled for this very processor, and loaded once per process."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import platform
 import re
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
-from runtime.model.gguf import cache_root, locked
+from runtime.compiler import BuildError, find_compiler, shared_library
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-HEADERS = sorted(Path(__file__).parent.glob("*.h"))
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fPIC", "-Wno-psabi")
-COMPILERS = ("g++", "clang++", "c++")
-TIMEOUT_S = 300.0
-
-
-class BuildError(Exception):
-    """There is no library of kernels here; the message says why."""
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-Wno-psabi")
 
 
 def available() -> tuple[bool, str]:
@@ -45,9 +32,10 @@ def library() -> ctypes.CDLL:
 @functools.cache
 def _loaded() -> ctypes.CDLL | BuildError:
     try:
-        compiler = _compiler()
-        openmp = None if "clang" in compiler[-1] else _openmp_of_torch()
-        path = _built(compiler[:-1], compiler[-1], links_openmp=openmp is None)
+        openmp = None if find_compiler(os.environ.get("CXX")).is_clang else _openmp_of_torch()
+        # Without -fopenmp its symbols stay open, to be found in the library that is loaded before.
+        link_flags = ["-fopenmp"] if openmp is None else []
+        path = shared_library("the CPU kernels", SOURCE, FLAGS, link_flags, depends_on=[_cpu()])
         if openmp is not None:
             ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
         return _declared(ctypes.CDLL(str(path), mode=os.RTLD_NOW))
@@ -74,19 +62,6 @@ def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     return kernels
 
 
-def _compiler() -> tuple[str, ...]:
-    """The command, and last what it says of its version. Raises BuildError if there is none."""
-    chosen = os.environ.get("CXX")
-    for name in [chosen] if chosen else COMPILERS:
-        command = shlex.split(name)
-        if shutil.which(command[0]):
-            version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=TIMEOUT_S)
-            if version.returncode == 0:
-                return *command, version.stdout
-    wanted = f"CXX={chosen}" if chosen else ", ".join(COMPILERS)
-    raise BuildError(f"no C++ compiler found ({wanted}); install g++ or set CXX")
-
-
 def _openmp_of_torch() -> Path | None:
     """The libgomp that torch has loaded. Kernels that use the same one share torch's threads, instead of having a
     second pool that waits spinning while torch's works. None: torch has another OpenMP."""
@@ -100,29 +75,6 @@ def _openmp_of_torch() -> Path | None:
     return Path(min(mapped, key=lambda path: not path.startswith(home))) if mapped else None
 
 
-def _built(command: tuple[str, ...], version: str, links_openmp: bool) -> Path:
-    """The shared library, compiled on the first call. Several processes may call this at once. Raises BuildError."""
-    texts = (path.read_text() for path in (SOURCE, *HEADERS))
-    parts = (*texts, version, _cpu(), *command, *FLAGS, str(links_openmp))
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    target = cache_root() / "native" / f"kernels-{key}.so"
-    if target.is_file():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with locked(target.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            if not target.is_file():
-                print(f"Compiling the CPU kernels (once; kept in {target.parent}) ...", file=sys.stderr, flush=True)
-                compiled, linked = f"{scratch}/kernels.o", f"{scratch}/kernels.so"
-                _run([*command, *FLAGS, "-c", str(SOURCE), "-o", compiled])
-                # Without -fopenmp its symbols stay open, to be found in the library that is loaded before.
-                _run([*command, "-shared", *(["-fopenmp"] if links_openmp else []), compiled, "-o", linked])
-                os.replace(linked, target)
-    except OSError as error:
-        raise BuildError(f"the compiled kernels cannot be kept in {target.parent} ({error})") from error
-    return target
-
-
 def _cpu() -> str:
     """What -march=native depends on: caches are shared between machines."""
     try:
@@ -132,12 +84,3 @@ def _cpu() -> str:
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
 
-
-def _run(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{command[0]} took longer than {TIMEOUT_S:.0f} s") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        raise BuildError(f"{command[0]} failed: {lines[0].strip() if lines else f'status {done.returncode}'}")

@@ -1,0 +1,114 @@
+"""Compiling our C++ on the machine it runs on: once, and kept on disk."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from runtime.disk import cache_root, locked
+from runtime.errors import OutriderError
+
+COMPILERS = ("g++", "clang++", "c++")
+TIMEOUT_S = 300.0
+
+
+class BuildError(OutriderError):
+    """C++ that is needed cannot be compiled or loaded here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    command: tuple[str, ...]
+    version: str
+    """What it says of itself."""
+
+    @property
+    def is_clang(self) -> bool:
+        return "clang" in self.version
+
+
+@functools.cache
+def find_compiler(chosen: str | None = None) -> Compiler:
+    """$CXX, given as `chosen`, or the first of COMPILERS that is there. Raises BuildError."""
+    for name in [chosen] if chosen else COMPILERS:
+        command = shlex.split(name)
+        if shutil.which(command[0]):
+            version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=TIMEOUT_S)
+            if version.returncode == 0:
+                return Compiler(tuple(command), version.stdout)
+    wanted = f"CXX={chosen}" if chosen else ", ".join(COMPILERS)
+    raise BuildError(f"no C++ compiler found ({wanted}); install g++ or set CXX")
+
+
+def shared_library(
+    what: str, source: Path, flags: Sequence[str], link_flags: Sequence[str] = (), depends_on: Sequence[str] = ()
+) -> Path:
+    """`source`, with the headers beside it, as a shared library; compiled on the first call.
+
+    Args:
+        what: what messages call it.
+        depends_on: what besides sources, flags and compiler the result depends on.
+    Several processes may call this at once: one compiles, the others wait. Raises BuildError.
+    """
+    compiler = find_compiler(os.environ.get("CXX"))
+    texts = (path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
+    parts = (*texts, *compiler.command, compiler.version, *flags, *link_flags, *depends_on)
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    target = cache_root() / "native" / f"{source.stem}-{key}.so"
+    if target.is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(target.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            if not target.is_file():
+                print(f"Compiling {what} (once; kept in {target.parent}) ...", file=sys.stderr, flush=True)
+                compiled, linked = f"{scratch}/compiled.o", f"{scratch}/linked.so"
+                _run([*compiler.command, *flags, "-fPIC", "-c", str(source), "-o", compiled])
+                _run([*compiler.command, "-shared", *link_flags, compiled, "-o", linked])
+                os.replace(linked, target)
+    except OSError as error:
+        raise BuildError(f"{what}, compiled, cannot be kept in {target.parent} ({error})") from error
+    return target
+
+
+def extension_module(what: str, name: str, source: Path) -> ModuleType:
+    """The Python module of this dotted name that `source` defines with pybind11. Raises BuildError."""
+    import pybind11
+
+    headers = sysconfig.get_path("include")
+    if not (Path(headers) / "Python.h").is_file():
+        raise BuildError(f"compiling {what} takes Python's headers, not found in {headers}; install python3-dev")
+    flags = ["-std=c++20", "-O2", "-fvisibility=hidden", f"-I{headers}", f"-I{pybind11.get_include()}"]
+    link_flags = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    abi = str(sysconfig.get_config_var("EXT_SUFFIX"))
+    path = shared_library(what, source, flags, link_flags, depends_on=(abi, pybind11.__version__))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise BuildError(f"{what}, compiled, cannot be loaded ({error})") from error
+    return module
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{command[0]} took longer than {TIMEOUT_S:.0f} s") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise BuildError(f"{command[0]} failed: {lines[0].strip() if lines else f'status {done.returncode}'}")

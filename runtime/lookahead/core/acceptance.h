@@ -1,0 +1,193 @@
+// Learned acceptance: how likely a proposed token is the one the model will choose, given who proposes it and how.
+//
+// Every proposal carries one feature per column (a source has one column or several), the column's `absent` feature
+// where that source does not propose the token. The probability is a logistic function of the features' weights, the
+// strongest in full and the others in part, so that sources that agree strengthen each other. Weights start from priors
+// and are learned online, from every node whose next token has become known, whether or not its proposals fitted into
+// the step.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <span>
+#include <utility>
+#include <vector>
+
+namespace outrider {
+
+// Of AdaGrad (Duchi et al., 2011): first steps are about this large, in logits, and shrink as evidence comes in.
+constexpr double LEARNING_RATE = 0.3;
+
+// Squared gradients that a prior counts for
+constexpr double PRIOR_EVIDENCE = 1.0;
+
+// Logit of a token that nobody proposes; priors of features are given as what they add to it.
+constexpr double BIAS = -4.0;
+
+// How much the weights of all proposals but the strongest count. Sources look at the same text, so they are not
+// independent: with 1, chains on which all agree are believed to be accepted far longer than they are.
+constexpr double AGREEMENT = 0.4;
+
+// How fast the bias of one text follows its own record
+constexpr double TEXT_RATE = 0.05;
+
+inline double probability_of(double minus_logit) { return 1 / (1 + std::exp(minus_logit)); }
+
+// The weight of a feature whose proposals are accepted with this probability when no other source agrees
+inline double prior(double probability) {
+    const double p = std::clamp(probability, 1e-4, 1 - 1e-4);
+    return std::log(p / (1 - p)) - BIAS;
+}
+
+// A token that may come next, and the feature that describes why
+struct Proposal {
+    int token, feature;
+};
+
+// What one source says of the next token at one node: proposals [first, last) of the tree's, each token once
+struct Column {
+    int absent;  // the feature of all tokens that are not proposed here
+    int first, last;
+};
+
+// What sources have said, for many nodes, one after the other
+struct Opinions {
+    std::vector<Column> columns;
+    std::vector<Proposal> proposals;
+
+    void open(int absent) {
+        const int here = static_cast<int>(proposals.size());
+        columns.push_back({absent, here, here});
+    }
+
+    void propose(int token, int feature) {
+        proposals.push_back({token, feature});
+        columns.back().last = static_cast<int>(proposals.size());
+    }
+
+    std::span<const Proposal> of(const Column& column) const {
+        return {proposals.data() + column.first, proposals.data() + column.last};
+    }
+};
+
+// Part of them: one node's columns [first, last)
+struct Extent {
+    int first, last;
+
+    template <typename T>
+    std::span<const T> in(const std::vector<T>& all) const {
+        return {all.data() + first, all.data() + last};
+    }
+};
+
+// A token, and minus the logit of its acceptance probability
+struct Guess {
+    double minus_logit;
+    int token;
+
+    // Likeliest first; ties go to the lower id.
+    bool operator<(const Guess& other) const {
+        return std::pair(minus_logit, token) < std::pair(other.minus_logit, other.token);
+    }
+};
+
+// Weights of all features; several sequences may learn the same ones.
+struct Acceptance {
+    explicit Acceptance(std::vector<double> priors)
+        : weights(std::move(priors)), evidence(weights.size(), PRIOR_EVIDENCE) {}
+
+    std::vector<double> weights, evidence;
+
+    // Move a weight against the gradient of the log-loss.
+    void learn(int feature, double gradient) {
+        evidence[feature] += gradient * gradient;
+        weights[feature] -= LEARNING_RATE * gradient / std::sqrt(evidence[feature]);
+    }
+};
+
+// Turns the sources' columns into guesses for one sequence, and learns from what the model chose.
+class Judge {
+   public:
+    explicit Judge(std::shared_ptr<Acceptance> acceptance) : acceptance(std::move(acceptance)) {}
+
+    std::shared_ptr<Acceptance> acceptance;
+    double bias = 0;  // what this text adds to every logit: how much harder or easier to guess it is than others
+
+    // Append all tokens that a node's columns propose to `ranked`, likeliest first.
+    void judge(const Opinions& opinions, Extent columns, std::vector<Guess>& ranked) {
+        const auto& weights = acceptance->weights;
+        double base = BIAS + bias;
+        for (const Column& column : columns.in(opinions.columns)) base += AGREEMENT * weights[column.absent];
+        candidates_.clear();
+        for (const Column& column : columns.in(opinions.columns)) {
+            const double missing = weights[column.absent];
+            for (const auto [token, feature] : opinions.of(column)) {
+                Candidate& candidate = find(token, base);
+                candidate.logit += AGREEMENT * (weights[feature] - missing);
+                candidate.strongest = std::max(candidate.strongest, weights[feature]);
+            }
+        }
+        const auto first = static_cast<std::ptrdiff_t>(ranked.size());
+        for (const auto& [token, logit, strongest] : candidates_)
+            ranked.push_back({-logit - (1 - AGREEMENT) * strongest, token});
+        std::sort(ranked.begin() + first, ranked.end());
+    }
+
+    // The token's probability if the source with features [first, last) had not proposed it
+    double without(const Opinions& opinions, Extent columns, int token, Extent features) {
+        Opinions others;
+        for (const Column& column : columns.in(opinions.columns)) {
+            others.open(column.absent);
+            if (column.absent >= features.first && column.absent < features.last) continue;
+            for (const auto [other, feature] : opinions.of(column)) others.propose(other, feature);
+        }
+        std::vector<Guess> ranked;
+        judge(others, {0, static_cast<int>(others.columns.size())}, ranked);
+        for (const Guess& guess : ranked)
+            if (guess.token == token) return probability_of(guess.minus_logit);
+        return probability_of(-BIAS);
+    }
+
+    // The model chose `chosen` where these were the guesses.
+    void learn(const Opinions& opinions, Extent columns, std::span<const Guess> ranked, int chosen) {
+        const auto& weights = acceptance->weights;
+        double error = 0;
+        for (const auto [minus_logit, token] : ranked) {
+            const double gradient = probability_of(minus_logit) - (token == chosen);
+            error += gradient;
+            described_.clear();
+            int strongest = -1;
+            for (const Column& column : columns.in(opinions.columns)) {
+                const auto proposals = opinions.of(column);
+                const auto found = std::ranges::find(proposals, token, &Proposal::token);
+                const bool proposed = found != proposals.end();
+                described_.push_back(proposed ? found->feature : column.absent);
+                if (proposed && (strongest < 0 || weights[found->feature] > weights[strongest]))
+                    strongest = found->feature;
+            }
+            for (const int feature : described_)
+                acceptance->learn(feature, gradient * (feature == strongest ? 1.0 : AGREEMENT));
+        }
+        bias -= TEXT_RATE * error;
+    }
+
+   private:
+    struct Candidate {
+        int token;
+        double logit, strongest;
+    };
+
+    Candidate& find(int token, double base) {
+        for (Candidate& candidate : candidates_)
+            if (candidate.token == token) return candidate;
+        return candidates_.emplace_back(token, base, -std::numeric_limits<double>::infinity());
+    }
+
+    std::vector<Candidate> candidates_;
+    std::vector<int> described_;  // the features of one token, one per column
+};
+
+}  // namespace outrider

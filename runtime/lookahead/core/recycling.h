@@ -1,0 +1,142 @@
+// Tables of what the model gave after a token the last time (Token Recycling, Luo et al., 2024, arXiv 2408.08696).
+//
+// The paper's table is keyed by one token. Here there is one for the last token, one for the last two and one for the
+// last three: a longer context says more, a shorter one is known more often.
+
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "rows.h"
+
+namespace outrider {
+
+// runtime.step.TOP_BITS: low bits of a packed likeliest token, its log-probability in sixteenths of a nat below zero
+constexpr int TOP_BITS = 8;
+
+// Of log-probability, each half a nat wide; the last is open.
+constexpr int CLASSES = 16;
+
+// One table: contexts of `order` tokens. The one not updated for longest goes first.
+class ContextTable {
+   public:
+    static constexpr int MOST_KEPT = 8;  // likeliest tokens per context
+
+    ContextTable(int order, size_t max_contexts) : order_(order), max_contexts_(max_contexts) {}
+
+    size_t size() const { return places_.size(); }
+
+    void update(const Tail& tail, std::span<const int> top) {
+        const uint64_t key = key_of(tail);
+        const auto [found, is_new] = places_.try_emplace(key, 0);
+        if (is_new && entries_.size() < max_contexts_) {
+            found->second = static_cast<int>(entries_.size());
+            entries_.emplace_back();
+        } else if (is_new) {
+            found->second = oldest_;
+            places_.erase(entries_[oldest_].key);
+            unlink(oldest_);
+        } else {
+            unlink(found->second);
+        }
+        const int place = found->second;
+        Entry& entry = entries_[place];
+        entry.key = key;
+        entry.count = static_cast<int>(std::min<size_t>(top.size(), MOST_KEPT));
+        std::copy_n(top.begin(), entry.count, entry.top.begin());
+        link(place);
+    }
+
+    // The likeliest tokens behind a tail, packed; none where nothing is known.
+    std::span<const int> lookup(const Tail& tail) const {
+        const auto found = places_.find(key_of(tail));
+        if (found == places_.end()) return {};
+        const Entry& entry = entries_[found->second];
+        return {entry.top.data(), static_cast<size_t>(entry.count)};
+    }
+
+   private:
+    struct Entry {
+        uint64_t key = 0;
+        int older = -1, newer = -1;
+        int count = 0;
+        std::array<int, MOST_KEPT> top{};
+    };
+
+    struct Hash {
+        size_t operator()(uint64_t key) const {
+            key *= 0x9E3779B97F4A7C15u;
+            return key ^ key >> 32;
+        }
+    };
+
+    // Packed tokens have TOP_BITS to spare in 32 bits, and three of the models' vocabularies fit into one word.
+    uint64_t key_of(const Tail& tail) const {
+        uint64_t key = 0;
+        for (int back = 0; back < order_; ++back) key = key << 21 | static_cast<uint32_t>(tail[back]);
+        return key;
+    }
+
+    void unlink(int place) {
+        const auto [older, newer] = std::pair(entries_[place].older, entries_[place].newer);
+        (older >= 0 ? entries_[older].newer : oldest_) = newer;
+        (newer >= 0 ? entries_[newer].older : newest_) = older;
+    }
+
+    void link(int place) {
+        entries_[place].older = newest_;
+        entries_[place].newer = -1;
+        (newest_ >= 0 ? entries_[newest_].newer : oldest_) = place;
+        newest_ = place;
+    }
+
+    int order_;
+    size_t max_contexts_;
+    int oldest_ = -1, newest_ = -1;
+    std::unordered_map<uint64_t, int, Hash> places_;
+    std::vector<Entry> entries_;
+};
+
+// The model's likeliest next tokens by the last one, two and three tokens
+class RecycleTable {
+   public:
+    static constexpr int MAX_ORDER = 3;  // most tokens of context
+
+    // At most so many contexts per table; the default ones take some 20 MiB for all three when full.
+    explicit RecycleTable(size_t max_contexts)
+        : tables_{ContextTable(1, max_contexts), ContextTable(2, max_contexts), ContextTable(3, max_contexts)} {}
+
+    size_t size() const { return tables_[0].size() + tables_[1].size() + tables_[2].size(); }
+
+    // The model's likeliest tokens, packed, after a text that ends in `tail`
+    void update(const Tail& tail, std::span<const int> top) {
+        for (int order = 1; order <= std::min(MAX_ORDER, tail.size()); ++order) tables_[order - 1].update(tail, top);
+    }
+
+    // The two longest contexts known, longest first: give(order, likeliest tokens)
+    template <typename Give>
+    void lookup(const Tail& tail, Give give) const {
+        int found = 0;
+        for (int order = std::min(MAX_ORDER, tail.size()); order > 0 && found < 2; --order) {
+            const auto top = tables_[order - 1].lookup(tail);
+            if (top.empty()) continue;
+            give(order, top);
+            ++found;
+        }
+    }
+
+   private:
+    std::array<ContextTable, MAX_ORDER> tables_;
+};
+
+// Of a packed token, its id and the class of its probability
+inline std::pair<int, int> unpacked(int packed) {
+    return {packed >> TOP_BITS, std::min((packed & ((1 << TOP_BITS) - 1)) >> 3, CLASSES - 1)};
+}
+
+}  // namespace outrider

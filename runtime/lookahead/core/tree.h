@@ -1,0 +1,178 @@
+// The verification branch: candidates as one tree of rows, grown best first, and the walk that accepts a path of it.
+
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <span>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "acceptance.h"
+#include "rows.h"
+#include "sources.h"
+
+namespace outrider {
+
+// How far a guess behind a guess is trusted beside its own probability: where one of a run that looked safe is wrong,
+// the next ones are, too.
+constexpr double RUN = 0.96;
+
+// Candidates below the current token. A prefix that several share is stored once; ties are broken by age.
+class CandidateTree {
+   public:
+    // `tail`: what the text ends in, the current token included. No candidate stands deeper than `max_depth`.
+    CandidateTree(std::shared_ptr<Rows> rows, const Tail& tail, int max_depth,
+                  std::vector<std::shared_ptr<Source>> sources, std::shared_ptr<Judge> judge)
+        : rows(std::move(rows)),
+          first_row(this->rows->size()),
+          max_depth_(max_depth),
+          sources_(std::move(sources)),
+          judge_(std::move(judge)) {
+        add_node(tail, 0, 1.0);
+    }
+
+    const std::shared_ptr<Rows> rows;
+    const int first_row;  // the first candidate's
+
+    int num_candidates() const { return rows->size() - first_row; }
+
+    // Probability of the least likely candidate taken in; 1 where there is none.
+    double margin() const { return nodes_[num_candidates()].probability; }
+
+    // Of being accepted, of the row that `grow` would add; 0 where there is none.
+    double next_probability() const { return frontier_.empty() ? 0.0 : frontier_.front().probability; }
+
+    // Add the likeliest candidate that is not in the tree yet.
+    void grow() {
+        std::pop_heap(frontier_.begin(), frontier_.end());
+        const Offer best = frontier_.back();
+        frontier_.pop_back();
+        const int token = guesses_[nodes_[best.node].guesses.first + best.index].token;
+        rows->add(token, row_of(best.node), SAMPLE);
+        offer(best.node, best.index + 1);
+        const int child = add_node(nodes_[best.node].tail.followed_by(token), nodes_[best.node].depth + 1,
+                                   best.probability);
+        nodes_[child].sibling = std::exchange(nodes_[best.node].child, child);
+    }
+
+    // Grow until `room` candidates are in the tree, or no more are known.
+    void fill(int room) {
+        while (!frontier_.empty() && num_candidates() < room) grow();
+    }
+
+    // Keep the first `count` candidates only; the tree cannot grow any more.
+    void truncate(int count) {
+        for (Node& node : nodes_)
+            while (node.child > count) node.child = nodes_[node.child].sibling;
+        nodes_.erase(nodes_.begin() + count + 1, nodes_.end());
+        rows->truncate(first_row + count);
+        frontier_.clear();
+    }
+
+    // Follow the tokens the model chose as far as the tree holds them.
+    //
+    // `chosen[row]` is what one-at-a-time decoding would emit after that row, so a candidate is accepted if and only if
+    // it equals that token: the text is the same, whatever was proposed.
+    //
+    // Returns the accepted rows below the root, and the tokens emitted: theirs, and the one that the model gives after
+    // the last of them.
+    std::pair<std::vector<int>, std::vector<int>> walk(std::span<const int> chosen) const {
+        std::vector<int> path, emitted;
+        for (const int node : decided(chosen)) {
+            if (node > 0) path.push_back(row_of(node));
+            emitted.push_back(chosen[row_of(node)]);
+        }
+        return {path, emitted};
+    }
+
+    // Have the judge learn from the nodes whose next token has become known, whatever fitted in behind them.
+    void learn(std::span<const int> chosen) {
+        for (const int node : decided(chosen))
+            judge_->learn(opinions_, nodes_[node].columns, nodes_[node].guesses.in(guesses_), chosen[row_of(node)]);
+    }
+
+    // How many accepted tokens would have had no place in the tree without the source with these features
+    int credit(std::span<const int> chosen, Extent features) {
+        int count = 0;
+        for (const int node : decided(chosen)) {
+            const int token = chosen[row_of(node)];
+            if (child_of(node, token) < 0) continue;
+            const double alone = judge_->without(opinions_, nodes_[node].columns, token, features);
+            count += nodes_[node].probability * alone < margin();
+        }
+        return count;
+    }
+
+   private:
+    // The current token, or a candidate, and what may follow it. Node 0 is the root; candidates follow in row order.
+    struct Node {
+        Tail tail;
+        int depth;
+        double probability;  // of being accepted: the product along the path
+        Extent columns, guesses;
+        int child = -1;    // the newest, or -1
+        int sibling = -1;  // the next older child of its parent, or -1
+    };
+
+    // A node's guess with this index, which competes for the next row
+    struct Offer {
+        double probability;
+        int age;
+        int node, index;
+
+        bool operator<(const Offer& other) const {  // in a heap's sense: the lowest comes last
+            return std::tuple(probability, -age, -node, -index) <
+                   std::tuple(other.probability, -other.age, -other.node, -other.index);
+        }
+    };
+
+    int row_of(int node) const { return node == 0 ? rows->root : first_row + node - 1; }
+
+    int add_node(const Tail& tail, int depth, double probability) {
+        const int node = static_cast<int>(nodes_.size());
+        Extent columns{static_cast<int>(opinions_.columns.size()), 0}, guesses{static_cast<int>(guesses_.size()), 0};
+        for (const auto& source : sources_)
+            if (!source->is_silent) source->propose(tail, depth, opinions_);
+        columns.last = static_cast<int>(opinions_.columns.size());
+        judge_->judge(opinions_, columns, guesses_);
+        guesses.last = static_cast<int>(guesses_.size());
+        nodes_.push_back({tail, depth, probability, columns, guesses});
+        if (depth < max_depth_) offer(node, 0);
+        return node;
+    }
+
+    // Let a node's guess with this index compete; the ones after it are less likely.
+    void offer(int index_of_node, int index) {
+        const Node& node = nodes_[index_of_node];
+        if (node.guesses.first + index >= node.guesses.last) return;
+        const double likely = probability_of(guesses_[node.guesses.first + index].minus_logit);
+        const double path = node.probability * likely * (node.depth > 0 ? RUN : 1.0);
+        frontier_.push_back({path, rows->size(), index_of_node, index});
+        std::push_heap(frontier_.begin(), frontier_.end());
+    }
+
+    int child_of(int node, int token) const {
+        int child = nodes_[node].child;
+        while (child >= 0 && rows->tokens[row_of(child)] != token) child = nodes_[child].sibling;
+        return child;
+    }
+
+    // The nodes whose next token has become known: the current token's, and the accepted ones'.
+    std::vector<int> decided(std::span<const int> chosen) const {
+        std::vector<int> path;
+        for (int node = 0; node >= 0; node = child_of(node, chosen[row_of(node)])) path.push_back(node);
+        return path;
+    }
+
+    int max_depth_;
+    std::vector<std::shared_ptr<Source>> sources_;
+    std::shared_ptr<Judge> judge_;
+    std::vector<Node> nodes_;
+    std::vector<Offer> frontier_;
+    Opinions opinions_;           // of all nodes
+    std::vector<Guess> guesses_;  // of all nodes
+};
+
+}  // namespace outrider
