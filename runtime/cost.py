@@ -33,14 +33,14 @@ GRID = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 5
 """Numbers of rows measured; in between, the curve is a straight line."""
 CONTEXT = 512
 """Tokens in the cache while it is measured, where a slot has room for them."""
-BUDGET_S = 6.0
+BUDGET_S = 10.0
 """A measurement takes about this long: larger steps than fit in are left out, and their cost is extrapolated."""
 ROUNDS = 5
 """Each number of rows is timed so many times, in rounds over all of them: hiccups hit single rounds."""
 CHECKED, TOLERATED = (1, 16, 64), 1.4
 """A stored curve is held against steps of so many rows; if their costs, relative to each other, are off by more than
 this factor, it is measured again."""
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,7 @@ def measure(
 
     def timed(count: int, replicas: int) -> float:
         step = plan([-1, *((row - 1) // 2 for row in range(1, count))], context, Choose.SAMPLE, replicas)
+        executor.execute(step)  # steps come after others like them: the first makes kernels, and fills caches
         began = time.perf_counter()
         executor.execute(step)
         return time.perf_counter() - began
@@ -169,10 +170,8 @@ def measure(
     seconds: dict[int, list[list[float]]] = {}
     spent = 0.0
     for count in (count for count in grid if count <= max_rows):
-        for replicas in ways:
-            timed(count, replicas)  # the first of a shape makes kernels
         seconds[count] = [[timed(count, replicas)] for replicas in ways]
-        spent += sum(times[0] for times in seconds[count])
+        spent += 2 * sum(times[0] for times in seconds[count])
         if spent * rounds > BUDGET_S and len(seconds) >= 2:
             break
     for _ in range(rounds - 1):
