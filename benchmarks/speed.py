@@ -37,7 +37,6 @@ from cluster.backends import open_engine
 from runtime.config import Config, LookaheadConfig, SamplingParams
 from runtime.engine import Engine
 from runtime.equality import Equality, Gap
-from runtime.lookahead.knowledge import Knowledge
 
 
 def main(
@@ -102,7 +101,7 @@ def outrider_methods(engine: Engine, max_new_tokens: int, tries: Sequence[str]) 
         settings[name] = configured.merged(values, "--try ")
 
     def method(name: str, lookahead: LookaheadConfig) -> Method:
-        knowledge = Knowledge()
+        knowledge = engine.knowledge.fresh()
 
         def run(prompt: Sequence[int]) -> Run:
             engine.knowledge = knowledge

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from runtime import choose, cost
+from runtime import choose, cost, priming
 from runtime.config import Config, LookaheadConfig, SamplingParams
 from runtime.cost import CostCurve, RunningCost
 from runtime.errors import InvalidRequestError
 from runtime.executor import Executor, LocalExecutor, MeshExecutor, WorkerPool
+from runtime.lookahead.core import Bigrams
 from runtime.lookahead.knowledge import Knowledge
 from runtime.model.loader import load_spec, resolve_model
 from runtime.model.shard import HeadShard
@@ -86,6 +87,9 @@ class Engine:
         else:
             executor = MeshExecutor(config, spec, pool or ProcessPool())
         engine = cls(config, spec, tokenizer, executor)
+        if config.lookahead.enabled and "recycle" in config.lookahead.sources:
+            top = priming.primed(executor, config, spec, tokenizer.opening(), TOP_K, cost.say)
+            engine.knowledge = Knowledge(Bigrams(top))
         if config.lookahead.enabled and config.lookahead.planner:
             engine.use_curve(cost.measured(executor, config, spec, TOP_K, cost.say))
         return engine
@@ -93,7 +97,7 @@ class Engine:
     @property
     def knowledge(self) -> Knowledge:
         """What lookahead has learned. Requests admitted from now on share it, but for those with `share: false`; set
-        another to begin anew, or to keep the records of two runs apart."""
+        another (`Knowledge.fresh`) to begin anew, or to keep the records of two runs apart."""
         return self._scheduler.knowledge
 
     @knowledge.setter

@@ -85,6 +85,14 @@ class Tokenizer:
                 ids = ids[end + 1 :]
         return ids
 
+    def opening(self) -> list[int]:
+        """Ids of some text behind which the model would begin an answer, not empty: a short conversation in its chat
+        template, or, without one, what it puts before every text."""
+        try:
+            return self.encode_chat([{"role": "user", "content": "Hello"}])
+        except InvalidRequestError:
+            return self.encode("") or self._encode_rendered("\n")
+
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The conversation in the chat template, up to where the assistant's answer begins."""
         if self._tokenizer.chat_template is None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from runtime import cost
+from runtime import cost, priming
 from tests.models import save_tiny_model
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cost_curves_of_their_own(tmp_path_factory):
-    """Measured short, and kept out of the user's cache."""
+def measurements_of_their_own(tmp_path_factory):
+    """Cost curves and bigrams, made in a short time, and kept out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
-        place = tmp_path_factory.mktemp("cost")
-        patch.setattr(cost, "cost_folder", lambda: place)
+        places = {name: tmp_path_factory.mktemp(name) for name in ("cost", "bigrams")}
+        patch.setattr(cost, "cost_folder", lambda: places["cost"])
+        patch.setattr(priming, "primed_folder", lambda: places["bigrams"])
+        patch.setattr(priming, "BUDGET_S", 0.5)
         patch.setattr(cost, "BUDGET_S", 0.3)
         patch.setattr(cost, "TOLERATED", 1e9)  # steps of tiny models are all noise
         yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runtime.lookahead.core import Acceptance, RecycleTable
+from runtime.lookahead.core import Acceptance, Bigrams, RecycleTable
 from runtime.lookahead.sources import priors
 from runtime.lookahead.window import WindowChooser
 
@@ -15,7 +15,13 @@ class Knowledge:
     never its tokens: a guess is accepted only where the model would have chosen that very token.
     """
 
-    def __init__(self) -> None:
-        self.table = RecycleTable()
+    def __init__(self, bigrams: Bigrams | None = None) -> None:
+        """`bigrams`: what the model says behind single tokens (runtime.priming), known from the beginning."""
+        self.bigrams = bigrams
+        self.table = RecycleTable(bigrams)
         self.acceptance = Acceptance(priors())
         self.windows = WindowChooser()
+
+    def fresh(self) -> Knowledge:
+        """Knowledge of the same model that has learned nothing."""
+        return Knowledge(self.bigrams)

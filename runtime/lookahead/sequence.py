@@ -66,7 +66,7 @@ class Sequence:
         num_new = len(request.prompt_ids)
         if renewed:
             lookahead = request.lookahead
-            knowledge = self._shared if lookahead.share else Knowledge()
+            knowledge = self._shared if lookahead.share else self._shared.fresh()
             self._guesser = Guesser(lookahead, self.text[-HISTORY:], knowledge) if lookahead.enabled else None
             num_new = len(self.text)
         if self._guesser is not None:

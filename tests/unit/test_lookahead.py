@@ -15,6 +15,7 @@ from runtime.lookahead.core import (
     RUN,
     TAIL,
     Acceptance,
+    Bigrams,
     CandidateTree,
     Judge,
     NgramPool,
@@ -22,7 +23,6 @@ from runtime.lookahead.core import (
     SequenceRows,
     Source,
     partition,
-    prior,
 )
 from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.sequence import Sequence
@@ -208,7 +208,7 @@ def test_what_a_source_adds_can_be_taken_away():
     starts = first_features()
     jacobi, suffix = (starts["jacobi"], [(5, starts["jacobi"] + 1)]), (starts["suffix"], [])
     sources = {name: SOURCES[name](LookaheadConfig(), [1], starts[name], RecycleTable()) for name in SOURCES}
-    assert judge.without([jacobi, suffix], 5, sources["jacobi"]) == pytest.approx(1 / (1 + math.exp(-BIAS)))
+    assert judge.without([jacobi, suffix], 5, sources["jacobi"]) == 0
     untouched = judged(judge, jacobi, suffix)[5]
     assert judge.without([jacobi, suffix], 5, sources["recycle"]) == pytest.approx(untouched)
 
@@ -254,18 +254,27 @@ def test_recycle_knows_the_longest_contexts_and_forgets_the_oldest():
     assert table.lookup((3,)) == [] and len(table) <= 9
 
 
+def test_recycle_falls_back_to_what_the_model_says_behind_a_single_token():
+    bigrams = Bigrams(np.array([[packed(5, 1), packed(6, 2)], [packed(7, 0), packed(8, 3)]], np.int32))
+    table = RecycleTable(bigrams)
+    assert table.lookup((3, 1)) == [(0, [(7, 0), (8, 3)])] and table.lookup((2,)) == []
+    table.update((1,), [packed(9, 0)])
+    assert table.lookup((3, 1)) == [(1, [(9, 0)]), (0, [(7, 0), (8, 3)])]
+    table.update((3, 1), [packed(4, 0)])
+    assert [order for order, _ in table.lookup((3, 1))] == [2, 1]
+
+
 class Planned(Source):
     """A source in Python that proposes what it is told to, each as likely as it is told."""
 
     def __init__(self, proposals: dict[tuple[int, ...], list[tuple[float, int]]]) -> None:
         """(probability, token) behind each path of guesses"""
-        likelihoods = sorted({likely for guesses in proposals.values() for likely, _ in guesses})
-        super().__init__(0, 1 + len(likelihoods))
-        self.PRIORS = [0.0, *(prior(likely) for likely in likelihoods)]
-        self._proposals = {
-            path: [(token, 1 + likelihoods.index(likely)) for likely, token in guesses]
-            for path, guesses in proposals.items()
-        }
+        self.PRIORS, self._proposals = [0.0], {}
+        for path, guesses in proposals.items():
+            none_of_them = 1 - sum(likely for likely, _ in guesses)
+            self._proposals[path] = [(token, len(self.PRIORS) + i) for i, (_, token) in enumerate(guesses)]
+            self.PRIORS += [math.log(likely / none_of_them) - BIAS for likely, _ in guesses]
+        super().__init__(0, len(self.PRIORS))
 
     def propose(self, tail: tuple[int, ...], depth: int) -> list[tuple[int, list[tuple[int, int]]]]:
         return [(0, self._proposals.get(tail[len(tail) - depth :], []))]
@@ -302,6 +311,23 @@ def test_tree_keeps_within_its_room_depth_and_what_it_is_cut_to():
     tree.truncate(2)
     assert tree.rows.tokens == [5, 1, 2] and tree.walk([1, 2, 9]) == ([1, 2], [1, 2, 9])
     assert tree.next_probability == 0
+
+
+def test_candidates_that_are_never_accepted_are_trusted_less():
+    shared = Acceptance([])
+    trees = []
+    for _ in range(60):
+        source = Planned(FOREST)
+        acceptance = shared if trees else Acceptance(source.PRIORS)
+        shared, acceptance.evidence = acceptance, [1e9] * len(acceptance.weights)  # weights stay as they are
+        rows = SequenceRows(first_position=0)
+        rows.add_chain([5], reaches_end=True)
+        trees.append(CandidateTree(rows, (5,), 99, [source], Judge(acceptance)))
+        before = trees[-1].next_probability
+        trees[-1].fill(2)
+        trees[-1].learn([8] * 3)
+    assert trees[0].next_probability == pytest.approx(0.3, rel=0.2)
+    assert before < 0.2  # of 0.6
 
 
 def test_planner_takes_what_pays_by_the_cost_of_rows():

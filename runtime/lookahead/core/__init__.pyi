@@ -55,6 +55,7 @@ class Acceptance:
 
     def __init__(self, priors: Sequence[float]) -> None: ...
     weights: list[float]
+    """Those of `priors`, and six more: of how many columns propose a token, after the text or after a guess."""
     evidence: list[float]
     """Sums of squared gradients; the more, the slower a weight moves."""
 
@@ -66,7 +67,7 @@ class Judge:
     """What this text adds to every logit: how much harder or easier to guess it is than others."""
 
     def judge(self, columns: Sequence[Column]) -> list[tuple[int, float]]:
-        """All tokens proposed with their probabilities, likeliest first; ties go to the lower id."""
+        """All tokens proposed with their probabilities after the text, likeliest first; ties go to the lower id."""
 
     def without(self, columns: Sequence[Column], token: int, source: Source) -> float:
         """The token's probability if `source` had not proposed it."""
@@ -74,11 +75,20 @@ class Judge:
     def learn(self, columns: Sequence[Column], chosen: int) -> None:
         """The model chose `chosen` where this was said."""
 
+class Bigrams:
+    """What the model says behind each single token, whatever stands before it."""
+
+    def __init__(self, top: NDArray[np.int32]) -> None:
+        """`top`: the likeliest tokens, packed, behind the tokens from 0 on. [V or fewer, k]"""
+
 class RecycleTable:
     """The model's likeliest next tokens by the last one, two and three tokens (recycling.h)."""
 
-    def __init__(self, max_contexts: int = ...) -> None:
-        """At most `max_contexts` by one token, by two and by three; the one not updated for longest goes first."""
+    def __init__(self, bigrams: Bigrams | None = None, max_contexts: int = ...) -> None:
+        """At most `max_contexts` by one token, by two and by three; the one not updated for longest goes first.
+
+        `bigrams` say what follows where that is not known.
+        """
 
     def __len__(self) -> int: ...
     def update(self, tail: Sequence[int], top: Sequence[int]) -> None:
@@ -93,8 +103,8 @@ class RecycleTable:
         """
 
     def lookup(self, tail: Sequence[int]) -> list[tuple[int, list[tuple[int, int]]]]:
-        """Of the two longest contexts known, longest first: its number of tokens, and (token, class of its
-        log-probability in half nats) of the likeliest ones."""
+        """Of the two longest contexts known, longest first: its number of tokens, 0 for bigrams, and (token, class of
+        its log-probability in half nats) of the likeliest ones."""
 
 class NgramPool:
     """The n-gram pool: per first token, at most G n-grams, the least recently used one out first (Fu et al., 2024,

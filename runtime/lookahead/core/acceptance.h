@@ -1,14 +1,17 @@
 // Learned acceptance: how likely a proposed token is the one the model will choose, given who proposes it and how.
 //
 // Every proposal carries one feature per column (a source has one column or several), the column's `absent` feature
-// where that source does not propose the token. The probability is a logistic function of the features' weights, the
-// strongest in full and the others in part, so that sources that agree strengthen each other. Weights start from priors
-// and are learned online, from every node whose next token has become known, whether or not its proposals fitted into
-// the step.
+// where that source does not propose the token. A token's logit adds up the weights of its features, the strongest in
+// full and the others in part, so that sources that agree strengthen each other; what that leaves wrong is learned by the
+// number of columns that propose a token, and by whether it hangs on the text or on a guess. Of all tokens proposed at a
+// node one at most is right: probabilities are a softmax of the logits, with 0 for "none of them". Weights start from
+// priors and are learned online, from every node whose next token has become known, whether or not its proposals fitted
+// into the step.
 
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -32,11 +35,9 @@ constexpr double BIAS = -4.0;
 constexpr double AGREEMENT = 0.4;
 
 // How fast the bias of one text follows its own record
-constexpr double TEXT_RATE = 0.05;
+constexpr double TEXT_RATE = 0.02;
 
-inline double probability_of(double minus_logit) { return 1 / (1 + std::exp(minus_logit)); }
-
-// The weight of a feature whose proposals are accepted with this probability when no other source agrees
+// The weight of a feature whose proposals are accepted with this probability when nothing else is proposed
 inline double prior(double probability) {
     const double p = std::clamp(probability, 1e-4, 1 - 1e-4);
     return std::log(p / (1 - p)) - BIAS;
@@ -83,23 +84,72 @@ struct Extent {
     }
 };
 
-// A token, and minus the logit of its acceptance probability
+// A token, and how likely it is to be accepted
 struct Guess {
-    double minus_logit;
+    double probability;
     int token;
 
     // Likeliest first; ties go to the lower id.
     bool operator<(const Guess& other) const {
-        return std::pair(minus_logit, token) < std::pair(other.minus_logit, other.token);
+        return std::pair(-probability, token) < std::pair(-other.probability, other.token);
     }
 };
 
-// Weights of all features; several sequences may learn the same ones.
-struct Acceptance {
-    explicit Acceptance(std::vector<double> priors)
-        : weights(std::move(priors)), evidence(weights.size(), PRIOR_EVIDENCE) {}
+// How far a candidate's probability, the product along its path, can be trusted: learned from how often candidates of
+// about this probability were accepted. Estimates are noisy, so the low ones are too low; and where one of a run that
+// looked safe is wrong, the next ones are, too, so those of long runs are too high.
+class Calibration {
+   public:
+    double operator()(double probability) const {
+        const int kind = kind_of(probability);
+        return probability * accepted_[kind] / expected_[kind];
+    }
 
+    void learn(double probability, bool was_accepted) {
+        const int kind = kind_of(probability);
+        expected_[kind] += probability;
+        accepted_[kind] += was_accepted;
+        if (expected_[kind] < FORGOTTEN_AT) return;
+        expected_[kind] /= 2;
+        accepted_[kind] /= 2;
+    }
+
+   private:
+    static constexpr int KINDS = 12;             // of probability: 1 to 1/2, 1/2 to 1/4, ...; the last is open
+    static constexpr double TRUST = 4.0;         // accepted candidates that it takes to move a factor
+    static constexpr double FORGOTTEN_AT = 400;  // accepted candidates, then the record counts half
+
+    static std::array<double, KINDS> trusted() {
+        std::array<double, KINDS> counts;
+        counts.fill(TRUST);
+        return counts;
+    }
+
+    static int kind_of(double probability) {
+        return std::clamp(static_cast<int>(-std::log2(std::max(probability, 1e-9))), 0, KINDS - 1);
+    }
+
+    std::array<double, KINDS> expected_ = trusted(), accepted_ = trusted();
+};
+
+// Weights of all features, and their calibration; several sequences may learn the same ones.
+struct Acceptance {
+    explicit Acceptance(std::vector<double> priors) : num_proposal_features(static_cast<int>(priors.size())) {
+        weights = std::move(priors);
+        weights.resize(weights.size() + 2 * MOST_AGREE, 0.0);
+        evidence.assign(weights.size(), PRIOR_EVIDENCE);
+    }
+
+    static constexpr int MOST_AGREE = 3;
+
+    int num_proposal_features;
+    Calibration calibration;
     std::vector<double> weights, evidence;
+
+    // The feature of tokens that so many columns propose, after the text or after a guess
+    int agreement(int num_columns, bool after_guess) const {
+        return num_proposal_features + after_guess * MOST_AGREE + std::min(num_columns, MOST_AGREE) - 1;
+    }
 
     // Move a weight against the gradient of the log-loss.
     void learn(int feature, double gradient) {
@@ -117,7 +167,7 @@ class Judge {
     double bias = 0;  // what this text adds to every logit: how much harder or easier to guess it is than others
 
     // Append all tokens that a node's columns propose to `ranked`, likeliest first.
-    void judge(const Opinions& opinions, Extent columns, std::vector<Guess>& ranked) {
+    void judge(const Opinions& opinions, Extent columns, bool after_guess, std::vector<Guess>& ranked) {
         const auto& weights = acceptance->weights;
         double base = BIAS + bias;
         for (const Column& column : columns.in(opinions.columns)) base += AGREEMENT * weights[column.absent];
@@ -128,16 +178,22 @@ class Judge {
                 Candidate& candidate = find(token, base);
                 candidate.logit += AGREEMENT * (weights[feature] - missing);
                 candidate.strongest = std::max(candidate.strongest, weights[feature]);
+                ++candidate.num_columns;
             }
         }
         const auto first = static_cast<std::ptrdiff_t>(ranked.size());
-        for (const auto& [token, logit, strongest] : candidates_)
-            ranked.push_back({-logit - (1 - AGREEMENT) * strongest, token});
+        double total = 1;
+        for (const auto& [token, num_columns, logit, strongest] : candidates_) {
+            const double agreed = weights[acceptance->agreement(num_columns, after_guess)];
+            ranked.push_back({std::exp(logit + (1 - AGREEMENT) * strongest + agreed), token});
+            total += ranked.back().probability;
+        }
+        for (auto guess = ranked.begin() + first; guess != ranked.end(); ++guess) guess->probability /= total;
         std::sort(ranked.begin() + first, ranked.end());
     }
 
     // The token's probability if the source with features [first, last) had not proposed it
-    double without(const Opinions& opinions, Extent columns, int token, Extent features) {
+    double without(const Opinions& opinions, Extent columns, bool after_guess, int token, Extent features) {
         Opinions others;
         for (const Column& column : columns.in(opinions.columns)) {
             others.open(column.absent);
@@ -145,45 +201,47 @@ class Judge {
             for (const auto [other, feature] : opinions.of(column)) others.propose(other, feature);
         }
         std::vector<Guess> ranked;
-        judge(others, {0, static_cast<int>(others.columns.size())}, ranked);
+        judge(others, {0, static_cast<int>(others.columns.size())}, after_guess, ranked);
         for (const Guess& guess : ranked)
-            if (guess.token == token) return probability_of(guess.minus_logit);
-        return probability_of(-BIAS);
+            if (guess.token == token) return guess.probability;
+        return 0;
     }
 
     // The model chose `chosen` where these were the guesses.
-    void learn(const Opinions& opinions, Extent columns, std::span<const Guess> ranked, int chosen) {
+    void learn(const Opinions& opinions, Extent columns, bool after_guess, std::span<const Guess> ranked, int chosen) {
         const auto& weights = acceptance->weights;
         double error = 0;
-        for (const auto [minus_logit, token] : ranked) {
-            const double gradient = probability_of(minus_logit) - (token == chosen);
+        for (const auto [probability, token] : ranked) {
+            const double gradient = probability - (token == chosen);
             error += gradient;
             described_.clear();
-            int strongest = -1;
+            int strongest = -1, num_columns = 0;
             for (const Column& column : columns.in(opinions.columns)) {
                 const auto proposals = opinions.of(column);
                 const auto found = std::ranges::find(proposals, token, &Proposal::token);
                 const bool proposed = found != proposals.end();
                 described_.push_back(proposed ? found->feature : column.absent);
+                num_columns += proposed;
                 if (proposed && (strongest < 0 || weights[found->feature] > weights[strongest]))
                     strongest = found->feature;
             }
             for (const int feature : described_)
                 acceptance->learn(feature, gradient * (feature == strongest ? 1.0 : AGREEMENT));
+            acceptance->learn(acceptance->agreement(num_columns, after_guess), gradient);
         }
         bias -= TEXT_RATE * error;
     }
 
    private:
     struct Candidate {
-        int token;
+        int token, num_columns;
         double logit, strongest;
     };
 
     Candidate& find(int token, double base) {
         for (Candidate& candidate : candidates_)
             if (candidate.token == token) return candidate;
-        return candidates_.emplace_back(token, base, -std::numeric_limits<double>::infinity());
+        return candidates_.emplace_back(token, 0, base, -std::numeric_limits<double>::infinity());
     }
 
     std::vector<Candidate> candidates_;

@@ -152,9 +152,9 @@ PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
                 Opinions opinions;
                 add_columns(columns, opinions);
                 std::vector<Guess> guesses;
-                judge.judge(opinions, all_of(opinions), guesses);
+                judge.judge(opinions, all_of(opinions), false, guesses);
                 Ranked ranked;
-                for (const Guess& guess : guesses) ranked.emplace_back(guess.token, probability_of(guess.minus_logit));
+                for (const Guess& guess : guesses) ranked.emplace_back(guess.token, guess.probability);
                 return ranked;
             },
             py::arg("columns"))
@@ -163,7 +163,7 @@ PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
             [](Judge& judge, const Columns& columns, int token, const Source& source) {
                 Opinions opinions;
                 add_columns(columns, opinions);
-                return judge.without(opinions, all_of(opinions), token, source.features);
+                return judge.without(opinions, all_of(opinions), false, token, source.features);
             },
             py::arg("columns"), py::arg("token"), py::arg("source"))
         .def(
@@ -172,13 +172,20 @@ PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
                 Opinions opinions;
                 add_columns(columns, opinions);
                 std::vector<Guess> guesses;
-                judge.judge(opinions, all_of(opinions), guesses);
-                judge.learn(opinions, all_of(opinions), guesses, chosen);
+                judge.judge(opinions, all_of(opinions), false, guesses);
+                judge.learn(opinions, all_of(opinions), false, guesses, chosen);
             },
             py::arg("columns"), py::arg("chosen"));
 
+    py::classh<Bigrams>(module, "Bigrams")
+        .def(py::init([](const Int32s& top) {
+                 return Bigrams(Tokens(top.data(), top.data() + top.size()), static_cast<int>(top.shape(1)));
+             }),
+             py::arg("top"));
+
     py::classh<RecycleTable>(module, "RecycleTable")
-        .def(py::init<size_t>(), py::arg("max_contexts") = size_t{1} << 16)
+        .def(py::init<std::shared_ptr<Bigrams>, size_t>(), py::arg("bigrams") = nullptr,
+             py::arg("max_contexts") = size_t{1} << 16)
         .def("__len__", &RecycleTable::size)
         .def(
             "update", [](RecycleTable& table, const Tokens& tail, const Tokens& top) { table.update(Tail(tail), top); },

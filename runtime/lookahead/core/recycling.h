@@ -1,12 +1,14 @@
 // Tables of what the model gave after a token the last time (Token Recycling, Luo et al., 2024, arXiv 2408.08696).
 //
 // The paper's table is keyed by one token. Here there is one for the last token, one for the last two and one for the
-// last three: a longer context says more, a shorter one is known more often.
+// last three: a longer context says more, a shorter one is known more often. Where none of them knows enough, there is
+// what the model says behind the last token whatever stood before it (Stewart et al., 2024, arXiv 2411.03786).
 
 #pragma once
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <unordered_map>
 #include <utility>
@@ -102,14 +104,32 @@ class ContextTable {
     std::vector<Entry> entries_;
 };
 
+// What the model says behind each single token, packed [V, k]; it does not change.
+class Bigrams {
+   public:
+    Bigrams(std::vector<int> top, int k) : top_(std::move(top)), k_(k) {}
+
+    // None for tokens that are not in the table
+    std::span<const int> lookup(int token) const {
+        if (token < 0 || static_cast<size_t>(token + 1) * k_ > top_.size()) return {};
+        return {top_.data() + static_cast<size_t>(token) * k_, static_cast<size_t>(k_)};
+    }
+
+   private:
+    std::vector<int> top_;
+    int k_;
+};
+
 // The model's likeliest next tokens by the last one, two and three tokens
 class RecycleTable {
    public:
-    static constexpr int MAX_ORDER = 3;  // most tokens of context
+    static constexpr int MAX_ORDER = 3;  // most tokens of context; order 0 are the bigrams
 
-    // At most so many contexts per table; the default ones take some 20 MiB for all three when full.
-    explicit RecycleTable(size_t max_contexts)
-        : tables_{ContextTable(1, max_contexts), ContextTable(2, max_contexts), ContextTable(3, max_contexts)} {}
+    // At most so many contexts per table; the default ones take some 20 MiB for all three when full. `bigrams` may be
+    // null.
+    RecycleTable(std::shared_ptr<const Bigrams> bigrams, size_t max_contexts)
+        : bigrams_(std::move(bigrams)),
+          tables_{ContextTable(1, max_contexts), ContextTable(2, max_contexts), ContextTable(3, max_contexts)} {}
 
     size_t size() const { return tables_[0].size() + tables_[1].size() + tables_[2].size(); }
 
@@ -118,7 +138,7 @@ class RecycleTable {
         for (int order = 1; order <= std::min(MAX_ORDER, tail.size()); ++order) tables_[order - 1].update(tail, top);
     }
 
-    // The two longest contexts known, longest first: give(order, likeliest tokens)
+    // The two longest contexts known, longest first: give(order, likeliest tokens, packed)
     template <typename Give>
     void lookup(const Tail& tail, Give give) const {
         int found = 0;
@@ -128,9 +148,13 @@ class RecycleTable {
             give(order, top);
             ++found;
         }
+        if (found == 2 || bigrams_ == nullptr || tail.size() == 0) return;
+        const auto top = bigrams_->lookup(tail[0]);
+        if (!top.empty()) give(0, top);
     }
 
    private:
+    std::shared_ptr<const Bigrams> bigrams_;
     std::array<ContextTable, MAX_ORDER> tables_;
 };
 

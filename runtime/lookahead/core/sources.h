@@ -252,11 +252,13 @@ class SuffixSource : public Source {
 // The likeliest tokens that the model gave the last time it stood behind the same tokens, in whatever row.
 class RecycleSource : public Source {
    public:
+    static constexpr int ORDERS = RecycleTable::MAX_ORDER + 1;
+
     // By context (the longest known, or the next), by its length, and by the class of log-probability it gave
     static std::vector<double> priors() {
         std::vector<double> weights{0.0};  // nothing is known here
         for (const double place : {1.0, 0.3})
-            for (const double trust : {0.5, 0.75, 0.85}) {  // that what was given behind 1, 2, 3 tokens holds here, too
+            for (const double trust : {0.3, 0.5, 0.75, 0.85}) {  // that it holds here, too, by the order
                 for (int kind = 0; kind < CLASSES; ++kind)
                     weights.push_back(place * prior(trust * std::exp(-(kind + 0.5) * 0.5)));
                 weights.push_back(0.0);  // not among the likeliest
@@ -270,7 +272,7 @@ class RecycleSource : public Source {
     void propose(const Tail& tail, int, Opinions& opinions) override {
         int place = 0;
         table_->lookup(tail, [&](int order, std::span<const int> likeliest) {
-            const int first = features.first + 1 + (place * RecycleTable::MAX_ORDER + order - 1) * (CLASSES + 1);
+            const int first = features.first + 1 + (place * ORDERS + order) * (CLASSES + 1);
             opinions.open(first + CLASSES);
             for (const int packed : likeliest) {
                 const auto [token, kind] = unpacked(packed);

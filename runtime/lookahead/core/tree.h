@@ -39,10 +39,10 @@ class CandidateTree {
     int num_candidates() const { return rows->size() - first_row; }
 
     // Probability of the least likely candidate taken in; 1 where there is none.
-    double margin() const { return nodes_[num_candidates()].probability; }
+    double margin() const { return num_candidates() == 0 ? 1.0 : calibrated(nodes_[num_candidates()].probability); }
 
     // Of being accepted, of the row that `grow` would add; 0 where there is none.
-    double next_probability() const { return frontier_.empty() ? 0.0 : frontier_.front().probability; }
+    double next_probability() const { return frontier_.empty() ? 0.0 : calibrated(frontier_.front().probability); }
 
     // Add the likeliest candidate that is not in the tree yet.
     void grow() {
@@ -87,10 +87,19 @@ class CandidateTree {
         return {path, emitted};
     }
 
-    // Have the judge learn from the nodes whose next token has become known, whatever fitted in behind them.
+    // Learn from the nodes whose next token has become known, whatever fitted in behind them, and from which candidates
+    // were accepted.
     void learn(std::span<const int> chosen) {
-        for (const int node : decided(chosen))
-            judge_->learn(opinions_, nodes_[node].columns, nodes_[node].guesses.in(guesses_), chosen[row_of(node)]);
+        const auto path = decided(chosen);
+        auto accepted = path.begin() + 1;
+        for (int node = 1; node <= num_candidates(); ++node) {
+            const bool is_accepted = accepted != path.end() && *accepted == node;
+            accepted += is_accepted;
+            judge_->acceptance->calibration.learn(nodes_[node].probability, is_accepted);
+        }
+        for (const int node : path)
+            judge_->learn(opinions_, nodes_[node].columns, nodes_[node].depth > 0, nodes_[node].guesses.in(guesses_),
+                          chosen[row_of(node)]);
     }
 
     // How many accepted tokens would have had no place in the tree without the source with these features
@@ -99,8 +108,9 @@ class CandidateTree {
         for (const int node : decided(chosen)) {
             const int token = chosen[row_of(node)];
             if (child_of(node, token) < 0) continue;
-            const double alone = judge_->without(opinions_, nodes_[node].columns, token, features);
-            count += nodes_[node].probability * alone < margin();
+            const double alone = judge_->without(opinions_, nodes_[node].columns, nodes_[node].depth > 0, token,
+                                                 features);
+            count += calibrated(nodes_[node].probability * alone) < margin();
         }
         return count;
     }
@@ -110,7 +120,7 @@ class CandidateTree {
     struct Node {
         Tail tail;
         int depth;
-        double probability;  // of being accepted: the product along the path
+        double probability;  // of being accepted: the product along the path, before it is calibrated
         Extent columns, guesses;
         int child = -1;    // the newest, or -1
         int sibling = -1;  // the next older child of its parent, or -1
@@ -128,6 +138,8 @@ class CandidateTree {
         }
     };
 
+    double calibrated(double probability) const { return judge_->acceptance->calibration(probability); }
+
     int row_of(int node) const { return node == 0 ? rows->root : first_row + node - 1; }
 
     int add_node(const Tail& tail, int depth, double probability) {
@@ -136,7 +148,7 @@ class CandidateTree {
         for (const auto& source : sources_)
             if (!source->is_silent) source->propose(tail, depth, opinions_);
         columns.last = static_cast<int>(opinions_.columns.size());
-        judge_->judge(opinions_, columns, guesses_);
+        judge_->judge(opinions_, columns, depth > 0, guesses_);
         guesses.last = static_cast<int>(guesses_.size());
         nodes_.push_back({tail, depth, probability, columns, guesses});
         if (depth < max_depth_) offer(node, 0);
@@ -147,7 +159,7 @@ class CandidateTree {
     void offer(int index_of_node, int index) {
         const Node& node = nodes_[index_of_node];
         if (node.guesses.first + index >= node.guesses.last) return;
-        const double likely = probability_of(guesses_[node.guesses.first + index].minus_logit);
+        const double likely = guesses_[node.guesses.first + index].probability;
         const double path = node.probability * likely * (node.depth > 0 ? RUN : 1.0);
         frontier_.push_back({path, rows->size(), index_of_node, index});
         std::push_heap(frontier_.begin(), frontier_.end());

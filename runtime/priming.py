@@ -1,0 +1,88 @@
+"""What the model says behind each single token: computed once per model, kept on disk, and what `recycle` begins with.
+
+A table that learns from text alone knows nothing behind a token that has not come yet, and so proposes nothing there.
+The model's own bigrams do (Stewart et al., 2024, "The N-Grammys", arXiv 2411.03786). Each token stands behind the
+same opening of an answer: behind nothing at all, it would be the first token, of which models make a sink.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from runtime.config import Config
+from runtime.disk import cache_root, locked
+from runtime.executor import Executor
+from runtime.lookahead.core import partition
+from runtime.model.loader import resolve_model
+from runtime.model.spec import ModelSpec
+from runtime.step import Choose, Int32, Row, Seq, StepPlan
+
+FORMAT = 1
+BUDGET_S = 30.0
+"""Tokens are taken in the order of their ids, which in most vocabularies is by frequency, until this time is spent."""
+
+
+def primed(
+    executor: Executor,
+    config: Config,
+    spec: ModelSpec,
+    opening: Sequence[int],
+    top_k: int,
+    say: Callable[[str], object],
+) -> Int32:
+    """The likeliest tokens, packed, behind each token of the vocabulary, or its first part. [V, top_k]
+
+    No sequence may be running: slot 0 is written over. Several processes may call this at once: one computes.
+    """
+    opening = opening[-config.scheduler.max_rows // 2 :]
+    place = _place(config, spec, opening, top_k)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with locked(place.with_suffix(".lock")):
+        try:
+            return np.load(place)
+        except (OSError, ValueError):
+            say(f"asking the model what follows each token (once; at most {BUDGET_S:.0f} seconds) ...")
+        top = _asked(executor, config, spec, opening, top_k)
+        scratch = place.with_suffix(f".{os.getpid()}.tmp.npy")
+        np.save(scratch, top)
+        scratch.replace(place)
+    return top
+
+
+def _asked(executor: Executor, config: Config, spec: ModelSpec, opening: Sequence[int], top_k: int) -> Int32:
+    num_opening, began = len(opening), time.perf_counter()
+    at_once = config.scheduler.max_rows - num_opening
+    sequence = np.zeros((1, len(Seq)), np.int32)
+    sequence[0, Seq.ROPE_LENGTH], sequence[0, Seq.TOP_P] = num_opening + 1, np.float32(1).view(np.int32)
+    found: list[Int32] = []
+    for first in range(0, spec.vocab_size, at_once):
+        tokens = np.arange(first, min(first + at_once, spec.vocab_size))
+        rows = np.zeros((num_opening + len(tokens), len(Row)), np.int32)
+        rows[:, Row.TOKEN] = [*opening, *tokens]
+        rows[:, Row.POSITION] = np.minimum(np.arange(len(rows)), num_opening)
+        rows[:, Row.PARENT] = rows[:, Row.POSITION] - 1
+        rows[num_opening:, Row.CHOOSE] = Choose.ARGMAX
+        rows[:, Row.OWNER], rows[:, Row.REPLICAS] = partition(rows[:, Row.PARENT], config.parallel.lp)
+        plan = StepPlan(rows, sequence, resets=np.zeros(1, np.int32), top_k=top_k)
+        found.append(executor.execute(plan).top[num_opening:])
+        if time.perf_counter() - began > BUDGET_S:
+            break
+    return np.concatenate(found)
+
+
+def _place(config: Config, spec: ModelSpec, opening: Sequence[int], top_k: int) -> Path:
+    files = sorted(path for path in resolve_model(config.model.path).iterdir() if path.is_file())
+    state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = (FORMAT, config.model.path, state, repr(spec), tuple(opening), top_k)
+    return primed_folder() / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.npy"
+
+
+def primed_folder() -> Path:
+    """Where the tables are kept."""
+    return cache_root() / "bigrams"
