@@ -85,6 +85,7 @@ def _all(quick: bool) -> Iterator[Finding]:
         ("transformers", lambda: _version("transformers"), "Run make setup."),
         ("ray", lambda: _version("ray"), "Run make setup."),
         ("grpc", lambda: f"{_version('grpcio')}, protobuf {_version('protobuf')}", "Run make setup."),
+        ("guessing", _guessing, "Install g++ and Python's headers (python3-dev), or set CXX."),
         ("native cpu kernels", _native_kernels, ""),
         ("embedded model", _embedded_model, "Run make setup, or name a model with model.path."),
     ]
@@ -152,6 +153,12 @@ def _nccl() -> str:
     if not (torch.cuda.is_available() and torch.distributed.is_nccl_available()):
         raise NotAvailable("no CUDA device, or a torch without NCCL", "Needed for meshes of GPUs only.")
     return ".".join(str(part) for part in torch.cuda.nccl.version())
+
+
+def _guessing() -> str:
+    from runtime.lookahead import core
+
+    return str(core.__file__)
 
 
 def _native_kernels() -> str:
