@@ -53,13 +53,19 @@ def find_compiler(chosen: str | None = None) -> Compiler:
 
 
 def shared_library(
-    what: str, source: Path, flags: Sequence[str], link_flags: Sequence[str] = (), depends_on: Sequence[str] = ()
+    what: str,
+    source: Path,
+    flags: Sequence[str],
+    link_flags: Sequence[str] = (),
+    depends_on: Sequence[str] = (),
+    include: Sequence[str] = (),
 ) -> Path:
     """`source`, with the headers beside it, as a shared library; compiled on the first call.
 
     Args:
         what: what messages call it.
         depends_on: what besides sources, flags and compiler the result depends on.
+        include: where other headers are; their versions, not their places, belong into `depends_on`.
     Several processes may call this at once: one compiles, the others wait. Raises BuildError.
     """
     compiler = find_compiler(os.environ.get("CXX"))
@@ -75,7 +81,8 @@ def shared_library(
             if not target.is_file():
                 print(f"Compiling {what} (once; kept in {target.parent}) ...", file=sys.stderr, flush=True)
                 compiled, linked = f"{scratch}/compiled.o", f"{scratch}/linked.so"
-                _run([*compiler.command, *flags, "-fPIC", "-c", str(source), "-o", compiled])
+                places = [f"-I{place}" for place in include]
+                _run([*compiler.command, *flags, *places, "-fPIC", "-c", str(source), "-o", compiled])
                 _run([*compiler.command, "-shared", *link_flags, compiled, "-o", linked])
                 os.replace(linked, target)
     except OSError as error:
@@ -90,10 +97,11 @@ def extension_module(what: str, name: str, source: Path) -> ModuleType:
     headers = sysconfig.get_path("include")
     if not (Path(headers) / "Python.h").is_file():
         raise BuildError(f"compiling {what} takes Python's headers, not found in {headers}; install python3-dev")
-    flags = ["-std=c++20", "-O2", "-fvisibility=hidden", f"-I{headers}", f"-I{pybind11.get_include()}"]
+    flags = ["-std=c++20", "-O2", "-fvisibility=hidden"]
     link_flags = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     abi = str(sysconfig.get_config_var("EXT_SUFFIX"))
-    path = shared_library(what, source, flags, link_flags, depends_on=(abi, pybind11.__version__))
+    include = (headers, pybind11.get_include())
+    path = shared_library(what, source, flags, link_flags, depends_on=(abi, pybind11.__version__), include=include)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     try:

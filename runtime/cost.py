@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 from runtime.config import Config
 from runtime.device import pick_device
 from runtime.disk import cache_root
+from runtime.lookahead.core import SequenceRows
 from runtime.model import native
 from runtime.model.spec import ModelSpec
-from runtime.step import Choose, Commit, Row, Seq, StepPlan
+from runtime.probe import probe
+from runtime.step import Choose, Commit, StepPlan
 
 if TYPE_CHECKING:
     from runtime.executor import Executor
@@ -129,24 +131,16 @@ def assumed(max_rows: int) -> CostCurve:
 def measure(
     executor: Executor, config: Config, spec: ModelSpec, top_k: int, grid: tuple[int, ...] = GRID, rounds: int = ROUNDS
 ) -> CostCurve:
-    """Time steps of the whole mesh, in a few seconds. No sequence may be running: slot 0 is written over."""
-    from runtime.lookahead.core import partition
-
+    """Time steps of the whole mesh, in some ten seconds. No sequence may be running: slot 0 is written over."""
     generator = random.Random(0)
     capacity = config.cache.slot_capacity(spec.max_positions)
     max_rows = config.scheduler.max_rows
 
     def plan(parents: list[int], first: int, choose: Choose, replicas: int = 1) -> StepPlan:
-        rows = np.zeros((len(parents), len(Row)), np.int32)
-        positions: list[int] = []
+        rows = SequenceRows(first)
         for parent in parents:
-            positions.append(positions[parent] + 1 if parent >= 0 else first)
-        rows[:, Row.TOKEN] = [generator.randrange(spec.vocab_size) for _ in parents]
-        rows[:, Row.POSITION], rows[:, Row.PARENT], rows[:, Row.CHOOSE] = positions, parents, choose
-        rows[:, Row.OWNER], rows[:, Row.REPLICAS] = partition(parents, replicas)
-        sequence = np.zeros((1, len(Seq)), np.int32)
-        sequence[0, Seq.ROPE_LENGTH], sequence[0, Seq.TOP_P] = first + 1, np.float32(1).view(np.int32)
-        return StepPlan(rows, sequence, top_k=top_k if choose != Choose.NOTHING else 0)
+            rows.add(generator.randrange(spec.vocab_size), parent, choose)
+        return probe(rows, first + 1, replicas, top_k if choose != Choose.NOTHING else 0)
 
     context = min(CONTEXT, capacity // 2, max_rows, config.cache.size or CONTEXT)
     prompt = plan(list(range(-1, context - 1)), 0, Choose.NOTHING)

@@ -18,10 +18,11 @@ import numpy as np
 from runtime.config import Config
 from runtime.disk import cache_root, locked
 from runtime.executor import Executor
-from runtime.lookahead.core import partition
+from runtime.lookahead.core import SequenceRows
 from runtime.model.loader import resolve_model
 from runtime.model.spec import ModelSpec
-from runtime.step import Choose, Int32, Row, Seq, StepPlan
+from runtime.probe import probe
+from runtime.step import Choose, Int32
 
 FORMAT = 1
 BUDGET_S = 30.0
@@ -58,18 +59,14 @@ def primed(
 def _asked(executor: Executor, config: Config, spec: ModelSpec, opening: Sequence[int], top_k: int) -> Int32:
     num_opening, began = len(opening), time.perf_counter()
     at_once = config.scheduler.max_rows - num_opening
-    sequence = np.zeros((1, len(Seq)), np.int32)
-    sequence[0, Seq.ROPE_LENGTH], sequence[0, Seq.TOP_P] = num_opening + 1, np.float32(1).view(np.int32)
     found: list[Int32] = []
     for first in range(0, spec.vocab_size, at_once):
-        tokens = np.arange(first, min(first + at_once, spec.vocab_size))
-        rows = np.zeros((num_opening + len(tokens), len(Row)), np.int32)
-        rows[:, Row.TOKEN] = [*opening, *tokens]
-        rows[:, Row.POSITION] = np.minimum(np.arange(len(rows)), num_opening)
-        rows[:, Row.PARENT] = rows[:, Row.POSITION] - 1
-        rows[num_opening:, Row.CHOOSE] = Choose.ARGMAX
-        rows[:, Row.OWNER], rows[:, Row.REPLICAS] = partition(rows[:, Row.PARENT], config.parallel.lp)
-        plan = StepPlan(rows, sequence, resets=np.zeros(1, np.int32), top_k=top_k)
+        rows = SequenceRows(0)
+        rows.add_chain(opening, reaches_end=False)
+        for token in range(first, min(first + at_once, spec.vocab_size)):
+            rows.add(token, num_opening - 1, Choose.ARGMAX)
+        plan = probe(rows, num_opening + 1, config.parallel.lp, top_k)
+        plan.resets = np.zeros(1, np.int32)
         found.append(executor.execute(plan).top[num_opening:])
         if time.perf_counter() - began > BUDGET_S:
             break

@@ -28,12 +28,12 @@ class Guesser:
         """Whether rows are to give the model's likeliest tokens, not only the chosen one."""
 
     def lay_out(self, rows: SequenceRows, room: int) -> None:
-        """Add the lookahead window's rows, at most `room`."""
-        if self._jacobi is not None:
-            if self.config.planner:
-                window_size, ngram_size = self.knowledge.windows.size
-                self._jacobi.resize(min(window_size, self.config.window_size), min(ngram_size, self.config.ngram_size))
-            self._jacobi.lay_out(rows, room)
+        """Add the rows that sources run for themselves, at most `room`."""
+        if self._jacobi is not None and self.config.planner:
+            window_size, ngram_size = self.knowledge.windows.size
+            self._jacobi.resize(min(window_size, self.config.window_size), min(ngram_size, self.config.ngram_size))
+        for source in self.sources:
+            source.lay_out(rows, room)
 
     def plant(self, rows: SequenceRows, text: Sequence[int], max_depth: int) -> CandidateTree:
         """A tree below the current token, the last one of `text`, with no candidates yet."""
@@ -48,8 +48,8 @@ class Guesser:
             self.knowledge.windows.observe(tree.credit(chosen, self._jacobi), tree.margin)
         tree.learn(chosen)
         self.learn_rows(tree.rows, chosen, top, before)
-        if self._jacobi is not None:
-            self._jacobi.learn(tree.rows, chosen)
+        for source in self.sources:
+            source.learn(tree.rows, chosen)
 
     def learn_rows(
         self, rows: SequenceRows, chosen: Sequence[int], top: NDArray[np.int32], before: Sequence[int]

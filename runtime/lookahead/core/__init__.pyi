@@ -134,6 +134,12 @@ class Source:
     def propose(self, tail: Sequence[int], depth: int) -> Iterable[Column]:
         """Tokens that may follow a text that ends in `tail`, of which the last `depth` tokens are guesses."""
 
+    def lay_out(self, rows: SequenceRows, room: int) -> None:
+        """Add rows of the source's own, at most `room`, below `rows.root`."""
+
+    def learn(self, rows: SequenceRows, chosen: Sequence[int]) -> None:
+        """See the token each row of the step chose; -1: none."""
+
     def observe(self, tokens: Sequence[int], is_prompt: bool) -> None:
         """The text has grown by these tokens, a prompt's or the model's."""
 

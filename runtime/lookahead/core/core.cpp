@@ -217,6 +217,8 @@ PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
                 return columns_of(opinions);
             },
             py::arg("tail"), py::arg("depth"))
+        .def("lay_out", [](const Source&, const Rows&, int) {}, py::arg("rows"), py::arg("room"))
+        .def("learn", [](const Source&, const Rows&, const py::object&) {}, py::arg("rows"), py::arg("chosen"))
         .def("observe", &Source::observe, py::arg("tokens"), py::arg("is_prompt"))
         .def("forget", &Source::forget, py::arg("text"));
 

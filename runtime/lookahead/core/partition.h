@@ -29,7 +29,7 @@ class Partition {
             if (cut(size)) high = size;
             else low = size + 1;
         }
-        cut(low);
+        if (replicas.empty()) cut(low);  // else the last cut that fitted is the one
     }
 
     std::vector<int> replicas;  // per row the bit set of the replicas that have it
