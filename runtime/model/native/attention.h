@@ -313,7 +313,7 @@ struct HeadAttention {
     }
 };
 
-// attended [T, row_words(output)]. Pieces of work go to whichever thread is free: who does one changes no bit.
+// attended [T, row_words(output)]
 template <class E>
 void attend(const Model& model, const Layer& layer, const Step& step, const Place& place, const Queries<E>& queries,
             void* attended) {
@@ -323,19 +323,27 @@ void attend(const Model& model, const Layer& layer, const Step& step, const Plac
     for (int64_t s = 0; s < step.num_segments; ++s) {
         const Segment& segment = place.segments[s];
         const int64_t num_queries = segment.count * G, fitting = MOST_SCORES / (segment.num_columns + segment.num_tail);
-        const int64_t most = std::clamp<int64_t>(fitting, TILE, MOST_QUERIES);
-        const int64_t needed = std::max((num_queries + most - 1) / most, (step.num_threads + K - 1) / K);
-        const bool is_even = needed * K % step.num_threads == 0 || num_queries < FEW * (needed + 1);
-        const int64_t pieces = std::min(needed + !is_even, num_queries);
-#pragma omp for schedule(dynamic) nowait
-        for (int64_t unit = 0; unit < pieces * K; ++unit) {
-            const int64_t kv = unit % K, piece = unit / K;
-            const int64_t first = num_queries * piece / pieces, stop = num_queries * (piece + 1) / pieces;
+        const int64_t most = std::clamp<int64_t>(fitting, TILE, MOST_QUERIES), pieces = (num_queries + most - 1) / most;
+        const auto run = [&](int64_t kv, int64_t first, int64_t stop) {
             const int64_t query = (kv * T + segment.start) * G + first;
             const E* keys = (const E*)segment.slot + place.index * segment.layer_stride + kv * segment.head_stride;
             HeadAttention<E> head{model, segment, first, stop, keys, keys + segment.side_stride,
                                   queries.turned + query * d, queries.anchored + query * d};
             head.run((E*)attended + segment.start * stride + kv * G * d, stride);
+        };
+        // What a head's queries have in common costs as much as some of them. So a thread has all of its queries one
+        // behind the other where the heads' number lets threads have equal shares only if they divide a head; otherwise
+        // pieces go to whichever thread is free. Who does one changes no bit.
+        if (pieces == 1 && K % step.num_threads && num_queries >= FEW * step.num_threads) {
+            const Range mine = share(K * num_queries);
+            for (int64_t kv = mine.start / num_queries; kv * num_queries < mine.stop; ++kv)
+                run(kv, std::max(mine.start - kv * num_queries, int64_t{0}), std::min(mine.stop - kv * num_queries, num_queries));
+            continue;
+        }
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t unit = 0; unit < pieces * K; ++unit) {
+            const int64_t piece = unit / K;
+            run(unit % K, num_queries * piece / pieces, num_queries * (piece + 1) / pieces);
         }
     }
 }
