@@ -1,6 +1,6 @@
 """A long conversation through a server's Converse: what each turn costs; and a client that vanishes frees its slot.
 
-    python -m benchmarks.conversation --turns 200 --cache-size 512
+python -m benchmarks.conversation --turns 200 --cache-size 512
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import functools
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from runtime.device import upload
 from runtime.mesh import Mesh
@@ -50,16 +51,23 @@ class Logits:
         return values, block * BLOCK + place
 
     def top(self, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Values [R, k] and places [R, k] of the largest, and the log-sum-exp [R] of the other blocks' largest."""
+        """Values [R, k] and places [R, k] of the largest, and the log-sum-exp [R] of them and of the largest of each
+        block that none of them can stand in."""
         if self._largest.shape[1] <= k:
             values, places = self.values.topk(min(k, self.values.shape[1]))
             missing = k - values.shape[1]
             values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
-            return values, torch.nn.functional.pad(places, (0, missing)), values.new_full((len(values),), -torch.inf)
+            return values, torch.nn.functional.pad(places, (0, missing)), values.logsumexp(1)
         found = self._largest.topk(k).indices
         values, places = self._blocks.gather(1, found[:, :, None].expand(-1, -1, BLOCK)).flatten(1).topk(k)
         places = found.gather(1, places // BLOCK) * BLOCK + places % BLOCK
-        return values, places, self._largest.scatter(1, found, -torch.inf).logsumexp(1)
+        others = self._largest.scatter(1, found, -torch.inf)
+        return values, places, torch.cat([values, others], dim=1).logsumexp(1)
+
+
+def sampled_rows(rows: Int32, sequences: Int32) -> NDArray[np.intp]:
+    """Which rows choose by chance; the others take the largest logit. Arguments as `choose_tokens` has them."""
+    return np.flatnonzero((rows[:, Row.CHOOSE] == Choose.SAMPLE) & (sequences[:, Seq.TEMPERATURE].view(np.float32) > 0))
 
 
 def choose_tokens(
@@ -73,8 +81,7 @@ def choose_tokens(
         sequences: their sequences' parameters, line by line. [R, len(Seq)]
         vocab_range: the ids the slice covers, [start, stop).
     """
-    temperature = sequences[:, Seq.TEMPERATURE].view(np.float32)
-    sampled = np.flatnonzero((rows[:, Row.CHOOSE] == Choose.SAMPLE) & (temperature > 0))
+    sampled = sampled_rows(rows, sequences)
     chosen = _best_of_shards(*logits.best(), mesh, vocab_range)
     if not len(sampled):
         return chosen
@@ -90,16 +97,15 @@ def top_tokens(logits: Logits, k: int, mesh: Mesh, vocab_range: tuple[int, int])
     What the tokens outside contribute to the softmax is taken from the largest logit of each block they stand in: a
     lower bound, and several times cheaper than all the exponentials. The likelihoods only rank guesses.
     """
-    values, places, rest = logits.top(k)
+    values, places, whole = logits.top(k)
     ids = places + vocab_range[0]
     if mesh.tp > 1:
-        shards = mesh.all_gather(torch.cat([values.double(), ids.double(), rest[:, None].double()], dim=1))
-        values, ids, rests = (torch.stack(part) for part in zip(*(s.split([k, k, 1], 1) for s in shards), strict=True))
+        shards = mesh.all_gather(torch.cat([values.double(), ids.double(), whole[:, None].double()], dim=1))
+        values, ids, wholes = (torch.stack(part) for part in zip(*(s.split([k, k, 1], 1) for s in shards), strict=True))
         values, best = values.transpose(0, 1).flatten(1).topk(k)
         ids = ids.transpose(0, 1).flatten(1).gather(1, best).long()
-        rest = rests.squeeze(2).logsumexp(0)
-    total = torch.logaddexp(values.logsumexp(1), rest)
-    steps = ((total[:, None] - values) * 16).round().clamp(0, (1 << TOP_BITS) - 1)
+        whole = wholes.squeeze(2).logsumexp(0)
+    steps = ((whole[:, None] - values) * 16).round().clamp(0, (1 << TOP_BITS) - 1)
     return ids << TOP_BITS | steps.long()
 
 

@@ -21,7 +21,7 @@ from runtime.model.loader import load_decoder, resolve_model
 from runtime.model.native import NativeDecoder
 from runtime.model.spec import ModelSpec
 from runtime.retention import layer_groups
-from runtime.sampler import choose_tokens, top_tokens
+from runtime.sampler import choose_tokens, sampled_rows, top_tokens
 from runtime.step import Choose, Commit, Int32, Row, Seq, StepPlan, WireLayout
 
 AnyDecoder = Decoder | NativeDecoder | GraphedDecoder
@@ -78,9 +78,10 @@ class Worker:
         chosen[:, 0] = -1
         wanted = np.flatnonzero((rows[:, Row.CHOOSE] != Choose.NOTHING) & (rows[:, Row.OWNER] == self.mesh.replica))
         if len(wanted):
-            logits = self.decoder.search(hidden[upload(wanted, hidden.device)], max(plan.top_k, 1))
-            place = self.mesh, self.decoder.vocab_range
-            found = [choose_tokens(logits, rows[wanted], sequences[wanted], *place)[:, None]]
+            rows, sequences, place = rows[wanted], sequences[wanted], (self.mesh, self.decoder.vocab_range)
+            keep_all = len(sampled_rows(rows, sequences)) > 0
+            logits = self.decoder.search(hidden[upload(wanted, hidden.device)], max(plan.top_k, 1), keep_all)
+            found = [choose_tokens(logits, rows, sequences, *place)[:, None]]
             if plan.top_k:
                 found.append(top_tokens(logits, plan.top_k, *place))
             chosen[wanted] = torch.cat(found, dim=1).cpu().numpy()

@@ -85,6 +85,6 @@ class Decoder(CacheMaker):
         logits = self.head(self.norm(hidden))
         return logits if self.dtype == torch.float64 else logits.float()
 
-    def search(self, hidden: torch.Tensor, k: int) -> Logits:
-        """The same as the sampler wants it, to be searched for the k largest."""
+    def search(self, hidden: torch.Tensor, k: int, keep_all: bool) -> Logits:
+        """The same as the sampler wants it, to be searched for the k largest; `keep_all`: the others are wanted, too."""
         return Logits(self.logits(hidden))

@@ -113,7 +113,7 @@ class GraphedDecoder:
         padded = torch.nn.functional.pad(hidden, (0, 0, 0, missing)) if missing else hidden
         return self.decoder.logits(padded)[:count]
 
-    def search(self, hidden: torch.Tensor, k: int) -> Logits:
+    def search(self, hidden: torch.Tensor, k: int, keep_all: bool) -> Logits:
         """As Decoder.search."""
         return Logits(self.logits(hidden))
 

@@ -107,16 +107,18 @@ def test_native_search_finds_what_torch_finds(tmp_path: Path, dtype: torch.dtype
     decoder = load(tmp_path, dtype)
     hidden = torch.randn(9, decoder.spec.hidden_size, generator=torch.Generator().manual_seed(k)) * 3
     hidden[4] = 0  # all logits are equal
-    found = decoder.search(hidden, k)
+    found = decoder.search(hidden, k, keep_all=True)
     assert torch.equal(found.values, decoder.logits(hidden)) and found.values.shape[1] == decoder.spec.vocab_size
     theirs = Logits(found.values)
     assert all(torch.equal(one, other) for one, other in zip(found.best(), theirs.best(), strict=True))
-    values, places, rest = found.top(k)
+    values, places, whole = found.top(k)
     assert torch.equal(values, theirs.top(k)[0]) and torch.equal(found.values.gather(1, places), values)
     short = -found.values.shape[1] % 32
     largest = torch.nn.functional.pad(found.values, (0, short), value=-torch.inf).unflatten(1, (-1, 32)).amax(2)
-    others = largest.scatter(1, largest.topk(k).indices, -torch.inf).logsumexp(1)
-    assert (rest - others).abs()[torch.arange(9) != 4].max() < 1e-4
+    others = largest.scatter(1, largest.topk(k).indices, -torch.inf)
+    assert (whole - torch.cat([values, others], dim=1).logsumexp(1)).abs()[torch.arange(9) != 4].max() < 1e-4
+    few = decoder.search(hidden, k, keep_all=False)
+    assert all(torch.equal(one, other) for one, other in zip(few.top(k), found.top(k), strict=True))
 
 
 class _Joined(Mesh):

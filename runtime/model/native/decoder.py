@@ -168,33 +168,24 @@ class NativeDecoder(CacheMaker):
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows [R, D] of what `forward` returned -> float32 [R, V_local], token ids as `vocab_range` says."""
-        return self._run_head(hidden)[0][:, : self._model.vocabulary]
+        return self.search(hidden, 0, keep_all=True).values
 
     @torch.inference_mode()
-    def search(self, hidden: torch.Tensor, k: int) -> Logits:
-        """The same, searched for the k largest."""
-        logits, largest = self._run_head(hidden)
-        num_rows = len(hidden)
-        values, rest = torch.empty(num_rows, k), torch.empty(num_rows)
-        places = torch.empty(num_rows, k, dtype=torch.int64)
-        addresses = (tensor.data_ptr() for tensor in (logits, largest))
-        results = (tensor.data_ptr() for tensor in (values, places, rest))
-        num_threads = self._num_threads(num_rows)
-        self._kernels.outrider_top(*addresses, num_rows, self._model.head.panels, k, *results, num_threads)
-        return NativeLogits(logits[:, : self._model.vocabulary], values, places, rest)
-
-    def _run_head(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of rows [R, D], up to a whole panel, and the largest of each panel, with room behind them."""
+    def search(self, hidden: torch.Tensor, k: int, keep_all: bool) -> Logits:
+        """The same, searched for the k largest. `keep_all`: the others are wanted, too."""
         num_rows, head = len(hidden), self._model.head
         rows = torch.zeros(num_rows, self._width)
         rows[:, : self.spec.hidden_size] = hidden
-        logits = torch.empty(num_rows, head.panels * PANEL)
+        logits = torch.empty(num_rows if keep_all else 0, head.panels * PANEL)
         largest = torch.empty(num_rows, head.panels + LANES)
         model = ctypes.byref(self._model)
         scratch = torch.empty(self._kernels.outrider_head_scratch(model, num_rows), dtype=torch.uint8)
-        addresses = (tensor.data_ptr() for tensor in (rows, scratch, logits, largest))
-        self._kernels.outrider_logits(model, num_rows, *addresses, self._num_threads(num_rows))
-        return logits, largest
+        values, wholes = torch.empty(num_rows, k), torch.empty(num_rows)
+        places = torch.empty(num_rows, k, dtype=torch.int64)
+        given = (rows.data_ptr(), scratch.data_ptr(), logits.data_ptr() if keep_all else None, largest.data_ptr())
+        results = (tensor.data_ptr() for tensor in (values, places, wholes))
+        self._kernels.outrider_search(model, num_rows, *given, k, *results, self._num_threads(num_rows))
+        return NativeLogits(logits[:, : self._model.vocabulary], values, places, wholes)
 
     def _num_threads(self, num_rows: int) -> int:
         layer = self._layers[0]
@@ -243,12 +234,12 @@ class NativeDecoder(CacheMaker):
 
 
 class NativeLogits(Logits):
-    """Logits that have been searched."""
+    """Logits that have been searched. `values` is empty unless all were to be kept."""
 
-    def __init__(self, values: torch.Tensor, top: torch.Tensor, places: torch.Tensor, rest: torch.Tensor) -> None:
-        """`values` [R, V_local]; `top` and `places` [R, k] and `rest` [R] are what `Logits.top` gives."""
+    def __init__(self, values: torch.Tensor, top: torch.Tensor, places: torch.Tensor, wholes: torch.Tensor) -> None:
+        """`values` [R, V_local]; `top` and `places` [R, k] and `wholes` [R] are what `Logits.top` gives."""
         super().__init__(values)
-        self._top = top, places, rest
+        self._top = top, places, wholes
 
     def best(self) -> tuple[torch.Tensor, torch.Tensor]:
         values, places, _ = self._top

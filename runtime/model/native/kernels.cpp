@@ -14,6 +14,7 @@
 // Letters: T rows, D hidden size, H query heads, K KV heads, G = H / K, d head size, E the type of weights and cache.
 
 #include <chrono>
+#include <utility>
 
 #include <sched.h>
 
@@ -76,21 +77,61 @@ void run_halves(const Model& model, const Step& step, int64_t first, int64_t sto
     release_matrix_unit();
 }
 
-// largest [rows, panels, room for a multiple of 16]: of each panel's logits, of which the last panel may have fewer than 32
+// Of the panels of logits that one thread computes, those k of each row that have the largest. The others are not stored:
+// a step's rows have many megabytes of them.
+class Kept {
+   public:
+    Kept(int64_t rows, int64_t k) : k(k), least(rows, k ? -INFINITE : INFINITE), entries(rows * k), logits(rows * k * PANEL) {}
+
+    // `most`: the largest of them; of equals the first one stays
+    void offer(int64_t row, int64_t panel, float most, const float* values) {
+        if (!(most > least[row])) return;
+        const auto first = entries.begin() + row * k, last = first + k;
+        const auto smaller = [](const Entry& a, const Entry& b) { return a.most < b.most; };
+        const auto entry = std::max_element(first, last, [&](const Entry& a, const Entry& b) {
+            return smaller(b, a) || (!smaller(a, b) && a.panel < b.panel);
+        });
+        *entry = {panel, most};
+        std::copy_n(values, PANEL, logits.begin() + (entry - entries.begin()) * PANEL);
+        least[row] = std::min_element(first, last, smaller)->most;
+    }
+
+    // Null where it has not been kept
+    const float* of(int64_t row, int64_t panel) const {
+        for (int64_t i = row * k; i < (row + 1) * k; ++i)
+            if (entries[i].panel == panel) return &logits[i * PANEL];
+        return nullptr;
+    }
+
+   private:
+    struct Entry {
+        int64_t panel = -1;
+        float most = -INFINITE;
+    };
+
+    int64_t k;
+    std::vector<float> least;  // per row, what a panel must exceed
+    std::vector<Entry> entries;
+    std::vector<float> logits;
+};
+
+// largest [rows, panels, room for a multiple of 16]: of each panel's logits, of which the last panel may have fewer than 32;
+// logits [rows, panels * 32], or null where nobody asks for all
 template <class E>
-void run_head(const Model& model, int64_t rows, float* hidden, void* x, float* logits, float* largest, Barrier& barrier) {
+void run_head(const Model& model, int64_t rows, float* hidden, void* x, float* logits, float* largest, Kept& kept,
+              Barrier& barrier) {
     norm<E>(model, rows, hidden, nullptr, model.norm, model.head, x);
     barrier.wait();
     const int64_t panels = model.head.panels, vocabulary = model.vocabulary;
     product<E>(model.head, x, rows, [&](int64_t row, int64_t panel, const float* sums) {
-        const int64_t first = panel * PANEL;
-        float* to = logits + row * panels * PANEL + first;
+        alignas(64) float values[PANEL];
         Vec most = splat<Vec>(-INFINITE);
         for (int64_t i = 0; i < PANEL; i += LANES) {
-            const Ints real = LANE < (int32_t)std::clamp<int64_t>(vocabulary - first - i, 0, LANES);
-            most = larger(narrow(select(real, widen(sums + i), splat<Vec>(-INFINITE)), to + i), most);
+            const Ints real = LANE < (int32_t)std::clamp<int64_t>(vocabulary - panel * PANEL - i, 0, LANES);
+            most = larger(narrow(select(real, widen(sums + i), splat<Vec>(-INFINITE)), values + i), most);
         }
-        largest[row * round_up(panels, LANES) + panel] = maximum(most);
+        if (logits) std::copy_n(values, PANEL, logits + (row * panels + panel) * PANEL);
+        kept.offer(row, panel, largest[row * round_up(panels, LANES) + panel] = maximum(most), values);
     });
     release_matrix_unit();
 }
@@ -102,30 +143,36 @@ INLINE int64_t first_largest(const float* values, int64_t count) {
     return std::find(values, values + count, maximum(most)) - values;
 }
 
-// The k largest logits of a row, largest first, and of equals the first one; rest: the log-sum-exp of the largest of each
-// panel that holds none of them. `largest` [panels, room for a multiple of 16] is written over.
-void find_top(const float* logits, float* largest, int64_t panels, int64_t k, float* values, int64_t* places, float* rest) {
+// The k largest logits of a row, largest first, and of equals the first one. Returns the log-sum-exp of them and of the
+// largest of each panel that is not one of the k with the largest. `largest` [panels, room for a multiple of 16] is written
+// over.
+float find_top(const std::vector<Kept>& kept, int64_t row, float* largest, int64_t panels, int64_t k, float* values,
+               int64_t* places) {
     static thread_local std::vector<float> found;
     static thread_local std::vector<int64_t> from;
     found.clear(), from.clear();
     const int64_t count = round_up(panels, LANES);
     std::fill(largest + panels, largest + count, -INFINITE);
-    const float top = largest[first_largest(largest, count)];
     for (int64_t i = 0; i < std::min(k, panels); ++i) {
         const int64_t best = first_largest(largest, count);
+        const float* logits = nullptr;
+        for (auto thread = kept.begin(); !logits && thread != kept.end(); ++thread) logits = thread->of(row, best);
+        if (!logits) break;  // not a number
         from.push_back(best * PANEL);
-        found.insert(found.end(), logits + best * PANEL, logits + (best + 1) * PANEL);
+        found.insert(found.end(), logits, logits + PANEL);
         largest[best] = -INFINITE;
     }
     for (int64_t i = 0; i < k; ++i) {
-        const int64_t best = first_largest(found.data(), found.size());
-        values[i] = found[best];
-        places[i] = values[i] == -INFINITE ? 0 : from[best / PANEL] + best % PANEL;
-        found[best] = -INFINITE;
+        const int64_t best = found.empty() ? 0 : first_largest(found.data(), found.size());
+        const bool is_one = best < (int64_t)found.size() && found[best] > -INFINITE;
+        values[i] = is_one ? std::exchange(found[best], -INFINITE) : -INFINITE;
+        places[i] = is_one ? from[best / PANEL] + best % PANEL : 0;
     }
     Vec sum = {};
-    for (int64_t i = 0; i < count; i += LANES) sum += weight_of(widen(largest + i) - top);
-    *rest = top + std::log(total(sum));
+    for (int64_t i = 0; i < count; i += LANES) sum += weight_of(widen(largest + i) - values[0]);
+    float whole = total(sum);
+    for (int64_t i = 0; i < k; ++i) whole += std::exp(values[i] - values[0]);
+    return values[0] + std::log(whole);
 }
 
 }  // namespace
@@ -192,24 +239,25 @@ void outrider_forward(const Model* model, const Step* step, int64_t first, int64
         run_halves<float>(*model, *step, first, stop, barrier);
 }
 
-// hidden [rows, D padded to 32] -> logits [rows, panels * 32 of the head], and the largest [rows, panels] of each panel
-void outrider_logits(const Model* model, int64_t rows, float* hidden, void* scratch, float* logits, float* largest,
-                     int64_t threads) {
+// hidden [rows, D padded to 32] -> what find_top says of each row: values and places [rows, k], wholes [rows]; and logits
+// [rows, panels * 32 of the head], if that is not null. `largest` [rows, panels] is scratch memory, like `scratch`.
+void outrider_search(const Model* model, int64_t rows, float* hidden, void* scratch, float* logits, float* largest, int64_t k,
+                     float* values, int64_t* places, float* wholes, int64_t threads) {
     Barrier barrier;
+    std::vector<Kept> kept(threads, Kept(rows, k));
+    const int64_t panels = model->head.panels;
 #pragma omp parallel num_threads((int)threads)
-    if (model->is_bfloat16)
-        run_head<BF16>(*model, rows, hidden, scratch, logits, largest, barrier);
-    else
-        run_head<float>(*model, rows, hidden, scratch, logits, largest, barrier);
-}
-
-// What find_top says, of each row: values and places [rows, k], rest [rows]
-void outrider_top(const float* logits, float* largest, int64_t rows, int64_t panels, int64_t k, float* values,
-                  int64_t* places, float* rest, int64_t threads) {
-#pragma omp parallel for num_threads((int)threads)
-    for (int64_t row = 0; row < rows; ++row)
-        find_top(logits + row * panels * PANEL, largest + row * round_up(panels, LANES), panels, k, values + row * k, places + row * k,
-                 rest + row);
+    {
+        Kept& mine = kept[omp_get_thread_num()];
+        if (model->is_bfloat16)
+            run_head<BF16>(*model, rows, hidden, scratch, logits, largest, mine, barrier);
+        else
+            run_head<float>(*model, rows, hidden, scratch, logits, largest, mine, barrier);
+        barrier.wait();
+        const Range range = share(k ? rows : 0);
+        for (int64_t row = range.start; row < range.stop; ++row)
+            wholes[row] = find_top(kept, row, largest + row * round_up(panels, LANES), panels, k, values + row * k, places + row * k);
+    }
 }
 
 }
