@@ -31,18 +31,20 @@ from runtime.step import Choose, Commit, StepPlan
 if TYPE_CHECKING:
     from runtime.executor import Executor
 
-GRID = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-"""Numbers of rows measured; in between, the curve is a straight line."""
+GRID = (1, 2, 4, 6, 8, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 129, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+"""Numbers of rows measured; in between, the curve is a straight line. It jumps where one more row takes another tile of a
+matrix unit; tiles have 16, 32, 64 or 128 rows."""
 CONTEXT = 512
 """Tokens in the cache while it is measured, where a slot has room for them."""
 BUDGET_S = 10.0
 """A measurement takes about this long: larger steps than fit in are left out, and their cost is extrapolated."""
-ROUNDS = 5
-"""Each number of rows is timed so many times, in rounds over all of them: hiccups hit single rounds."""
+LEAST_ROUNDS, ROUNDS = 3, 20
+"""Each number of rows is timed as often as its share of the time allows, but at least and at most so many times, in
+rounds over all of them: hiccups hit single rounds. The planner decides by a few percent between small steps."""
 CHECKED, TOLERATED = (1, 16, 64), 1.4
 """A stored curve is held against steps of so many rows; if their costs, relative to each other, are off by more than
 this factor, it is measured again."""
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,13 @@ def measure(
     for count in (count for count in grid if count <= max_rows):
         seconds[count] = [[timed(count, replicas)] for replicas in ways]
         spent += 2 * sum(times[0] for times in seconds[count])
-        if spent * rounds > BUDGET_S and len(seconds) >= 2:
+        if spent * LEAST_ROUNDS > BUDGET_S and len(seconds) >= 2:
             break
-    for _ in range(rounds - 1):
+    for number in range(1, rounds):
         for count, found in seconds.items():
+            taken = 2 * sum(sum(times) for times in found)
+            if number >= LEAST_ROUNDS and taken > BUDGET_S / len(seconds):
+                continue
             for replicas, times in zip(ways, found, strict=True):
                 times.append(timed(count, replicas))
     shared, *alone = (tuple(median(found[way]) for found in seconds.values()) for way in range(len(ways)))
