@@ -60,10 +60,12 @@ class Guesser:
 
     def observe(self, tokens: Sequence[int], is_prompt: bool) -> None:
         """The text has grown by these tokens."""
+        self.judge.observe(tokens)
         for source in self.sources:
             source.observe(tokens, is_prompt)
 
     def forget(self, text: Sequence[int]) -> None:
         """Of the text only these tokens, the newest, are left."""
+        self.judge.forget(text)
         for source in self.sources:
             source.forget(text)

@@ -237,6 +237,20 @@ def test_a_text_that_is_hard_to_guess_lowers_its_own_probabilities_only():
     assert judged(hard, column)[5] < 0.1 < judged(other, column)[5]
 
 
+def test_tokens_that_the_text_has_had_are_learned_apart():
+    judge = Judge(Acceptance(priors()))
+    judge.observe([5, 5, 5, 7])
+    first = first_features()["suffix"]
+    column = (first, [(5, first + 1), (6, first + 1)])
+    assert judged(judge, column)[5] == judged(judge, column)[6]
+    for _ in range(50):
+        judge.learn([column], 5)
+    assert judged(judge, column)[5] > 2 * judged(judge, column)[6]
+    others = (first, [(8, first + 1), (9, first + 1)])
+    judge.forget([9, 9, 9])  # what came often before is likelier now, whichever token it is
+    assert judged(judge, others)[9] > 2 * judged(judge, others)[8]
+
+
 def packed(token: int, kind: int) -> int:
     """A likely token as the workers give it: its class counts half nats, what is packed sixteenths of one."""
     return token << TOP_BITS | kind << 3

@@ -66,6 +66,12 @@ class Judge:
     bias: float
     """What this text adds to every logit: how much harder or easier to guess it is than others."""
 
+    def observe(self, tokens: Sequence[int]) -> None:
+        """The text has grown by these tokens. What it had before comes again more often than what it never had."""
+
+    def forget(self, text: Sequence[int]) -> None:
+        """Of the text only these tokens, the newest, are left."""
+
     def judge(self, columns: Sequence[Column]) -> list[tuple[int, float]]:
         """All tokens proposed with their probabilities after the text, likeliest first; ties go to the lower id."""
 
@@ -94,9 +100,7 @@ class RecycleTable:
     def update(self, tail: Sequence[int], top: Sequence[int]) -> None:
         """The likeliest tokens after a text that ends in `tail`, packed (runtime.step.TOP_BITS), likeliest first."""
 
-    def learn(
-        self, rows: SequenceRows, before: Sequence[int], chosen: Sequence[int], top: NDArray[np.int32]
-    ) -> None:
+    def learn(self, rows: SequenceRows, before: Sequence[int], chosen: Sequence[int], top: NDArray[np.int32]) -> None:
         """`update` with what a step gave behind each row. [T], [T, k]
 
         `before`: the tokens before the first row. Rows that chose no token (-1) are left out.

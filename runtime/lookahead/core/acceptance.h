@@ -3,8 +3,8 @@
 // Every proposal carries one feature per column (a source has one column or several), the column's `absent` feature
 // where that source does not propose the token. A token's logit adds up the weights of its features, the strongest in
 // full and the others in part, so that sources that agree strengthen each other; what that leaves wrong is learned by the
-// number of columns that propose a token, and by whether it hangs on the text or on a guess. Of all tokens proposed at a
-// node one at most is right: probabilities are a softmax of the logits, with 0 for "none of them". Weights start from
+// token's circumstances: how many columns propose it, how often the text has had it, and whether it hangs on the text or on
+// a guess. Of all tokens proposed at a node one at most is right: probabilities are a softmax of the logits, with 0 for "none of them". Weights start from
 // priors and are learned online, from every node whose next token has become known, whether or not its proposals fitted
 // into the step.
 
@@ -16,6 +16,7 @@
 #include <limits>
 #include <memory>
 #include <span>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -136,19 +137,21 @@ class Calibration {
 struct Acceptance {
     explicit Acceptance(std::vector<double> priors) : num_proposal_features(static_cast<int>(priors.size())) {
         weights = std::move(priors);
-        weights.resize(weights.size() + 2 * MOST_AGREE, 0.0);
+        weights.resize(weights.size() + TIMES * 2 * MOST_AGREE, 0.0);
         evidence.assign(weights.size(), PRIOR_EVIDENCE);
     }
 
     static constexpr int MOST_AGREE = 3;
+    static constexpr int TIMES = 4;  // that the text has had a token: never, once, two or three times, more
 
     int num_proposal_features;
     Calibration calibration;
     std::vector<double> weights, evidence;
 
-    // The feature of tokens that so many columns propose, after the text or after a guess
-    int agreement(int num_columns, bool after_guess) const {
-        return num_proposal_features + after_guess * MOST_AGREE + std::min(num_columns, MOST_AGREE) - 1;
+    // The feature of tokens that so many columns propose, that the text has had so often, after the text or after a guess
+    int circumstances(int num_columns, int times, bool after_guess) const {
+        const int kind = times < 2 ? times : times < 4 ? 2 : 3;
+        return num_proposal_features + (kind * 2 + after_guess) * MOST_AGREE + std::min(num_columns, MOST_AGREE) - 1;
     }
 
     // Move a weight against the gradient of the log-loss.
@@ -165,6 +168,17 @@ class Judge {
 
     std::shared_ptr<Acceptance> acceptance;
     double bias = 0;  // what this text adds to every logit: how much harder or easier to guess it is than others
+
+    // The text has grown by these tokens.
+    void observe(const std::vector<int>& tokens) {
+        for (const int token : tokens) ++seen_[token];
+    }
+
+    // Of the text only these tokens, the newest, are left.
+    void forget(const std::vector<int>& text) {
+        seen_.clear();
+        observe(text);
+    }
 
     // Append all tokens that a node's columns propose to `ranked`, likeliest first.
     void judge(const Opinions& opinions, Extent columns, bool after_guess, std::vector<Guess>& ranked) {
@@ -184,7 +198,7 @@ class Judge {
         const auto first = static_cast<std::ptrdiff_t>(ranked.size());
         double total = 1;
         for (const auto& [token, num_columns, logit, strongest] : candidates_) {
-            const double agreed = weights[acceptance->agreement(num_columns, after_guess)];
+            const double agreed = weights[acceptance->circumstances(num_columns, times_seen(token), after_guess)];
             ranked.push_back({std::exp(logit + (1 - AGREEMENT) * strongest + agreed), token});
             total += ranked.back().probability;
         }
@@ -227,7 +241,7 @@ class Judge {
             }
             for (const int feature : described_)
                 acceptance->learn(feature, gradient * (feature == strongest ? 1.0 : AGREEMENT));
-            acceptance->learn(acceptance->agreement(num_columns, after_guess), gradient);
+            acceptance->learn(acceptance->circumstances(num_columns, times_seen(token), after_guess), gradient);
         }
         bias -= TEXT_RATE * error;
     }
@@ -244,6 +258,12 @@ class Judge {
         return candidates_.emplace_back(token, 0, base, -std::numeric_limits<double>::infinity());
     }
 
+    int times_seen(int token) const {
+        const auto found = seen_.find(token);
+        return found == seen_.end() ? 0 : found->second;
+    }
+
+    std::unordered_map<int, int> seen_;  // how often the text has a token
     std::vector<Candidate> candidates_;
     std::vector<int> described_;  // the features of one token, one per column
 };

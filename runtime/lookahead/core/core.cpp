@@ -146,6 +146,8 @@ PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
     py::classh<Judge>(module, "Judge")
         .def(py::init<std::shared_ptr<Acceptance>>(), py::arg("acceptance"))
         .def_readwrite("bias", &Judge::bias)
+        .def("observe", &Judge::observe, py::arg("tokens"))
+        .def("forget", &Judge::forget, py::arg("text"))
         .def(
             "judge",
             [](Judge& judge, const Columns& columns) {
