@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from runtime.executor import Executor
 
 GRID = (1, 2, 4, 6, 8, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 129, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-"""Numbers of rows measured; in between, the curve is a straight line. It jumps where one more row takes another tile of a
-matrix unit; tiles have 16, 32, 64 or 128 rows."""
+"""Numbers of rows measured; in between, the curve is a straight line. It jumps where one more row takes another tile of
+a matrix unit; tiles have 16, 32, 64 or 128 rows."""
 CONTEXT = 512
 """Tokens in the cache while it is measured, where a slot has room for them."""
 BUDGET_S = 10.0

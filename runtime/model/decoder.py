@@ -86,5 +86,5 @@ class Decoder(CacheMaker):
         return logits if self.dtype == torch.float64 else logits.float()
 
     def search(self, hidden: torch.Tensor, k: int, keep_all: bool) -> Logits:
-        """The same as the sampler wants it, to be searched for the k largest; `keep_all`: the others are wanted, too."""
+        """The same as the sampler wants it, to be searched for the k largest. `keep_all`: all are wanted, too."""
         return Logits(self.logits(hidden))
