@@ -175,33 +175,53 @@ INLINE void all_tiles(int64_t rows, const uint32_t* panel, const void* x, int64_
                     (const char*)panel, 0, y + first * y_stride, y_stride, more);
 }
 
-// x [rows, in] times the matrix; finish(row, panel, its 32 outputs)
-template <class E, class Finish>
-INLINE void product(const Matrix& m, const void* x, int64_t rows, Finish finish) {
+// Where the sums of some rows and one panel go, and how far apart those of two rows are
+struct Target {
+    float* sums;
+    int64_t stride;
+};
+
+// x [rows, in] times the matrix. target(first row, panel) says where a tile's sums go; then comes finish(first row, how
+// many rows, panel, that target).
+template <class E, class Choose, class Finish>
+INLINE void product(const Matrix& m, const void* x, int64_t rows, Choose target, Finish finish) {
     const Range mine = share(m.panels);
     const int64_t most = tile_rows<E>(m.depth), tiles = (rows + most - 1) / most;
     const int64_t stride = row_words(m), words = m.depth * PANEL;
-    alignas(64) float found[MOST_ROWS * PANEL];
     for (int64_t panel = mine.start; panel < mine.stop; ++panel)
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
             const uint32_t* weights = m.words + panel * words;
             const char* ahead = suits_matrix_unit<E>(m.depth) ? (const char*)weights + AHEAD
                                                               : (const char*)(weights + words) + t * (words * 4 / tiles);
-            any_tile<E>(count, weights, (const uint32_t*)x + first * stride, stride, m.depth, ahead, 128 / tiles, found,
-                        PANEL);
-            for (int64_t row = 0; row < count; ++row) finish(first + row, panel, found + row * PANEL);
+            const Target to = target(first, panel);
+            any_tile<E>(count, weights, (const uint32_t*)x + first * stride, stride, m.depth, ahead, 128 / tiles, to.sums,
+                        to.stride);
+            finish(first, count, panel, to);
         }
+}
+
+// The same where finish(row, panel, its 32 sums) puts them where they belong
+template <class E, class Finish>
+INLINE void product(const Matrix& m, const void* x, int64_t rows, Finish finish) {
+    alignas(64) float found[MOST_ROWS * PANEL];
+    const auto target = [&](int64_t, int64_t) { return Target{found, PANEL}; };
+    product<E>(m, x, rows, target, [&](int64_t first, int64_t count, int64_t panel, const Target& to) {
+        for (int64_t row = 0; row < count; ++row) finish(first + row, panel, to.sums + row * to.stride);
+    });
 }
 
 // y [rows, panels * 32] = x times the matrix, plus bias
 template <class E>
 void linear(const Matrix& m, const void* x, int64_t rows, float* y) {
-    product<E>(m, x, rows, [&](int64_t row, int64_t panel, const float* sums) {
-        for (int64_t i = 0; i < PANEL; i += LANES) {
-            const int64_t out = panel * PANEL + i;
-            narrow(m.bias ? widen(sums + i) + widen(m.bias + out) : widen(sums + i), y + row * m.panels * PANEL + out);
-        }
+    const int64_t stride = m.panels * PANEL;
+    const auto target = [&](int64_t first, int64_t panel) { return Target{y + first * stride + panel * PANEL, stride}; };
+    product<E>(m, x, rows, target, [&](int64_t, int64_t count, int64_t panel, const Target& to) {
+        for (int64_t row = 0; m.bias && row < count; ++row)
+            for (int64_t i = 0; i < PANEL; i += LANES) {
+                float* sums = to.sums + row * stride + i;
+                narrow(widen(sums) + widen(m.bias + panel * PANEL + i), sums);
+            }
     });
 }
 
