@@ -183,8 +183,8 @@ struct Target {
 
 // x [rows, in] times the matrix. target(first row, panel) says where a tile's sums go; then comes finish(first row, how
 // many rows, panel, that target).
-template <class E, class Choose, class Finish>
-INLINE void product(const Matrix& m, const void* x, int64_t rows, Choose target, Finish finish) {
+template <class E, class Where, class Finish>
+INLINE void product(const Matrix& m, const void* x, int64_t rows, Where target, Finish finish) {
     const Range mine = share(m.panels);
     const int64_t most = tile_rows<E>(m.depth), tiles = (rows + most - 1) / most;
     const int64_t stride = row_words(m), words = m.depth * PANEL;
