@@ -2,11 +2,11 @@
 //
 // Every proposal carries one feature per column (a source has one column or several), the column's `absent` feature
 // where that source does not propose the token. A token's logit adds up the weights of its features, the strongest in
-// full and the others in part, so that sources that agree strengthen each other; what that leaves wrong is learned by the
-// token's circumstances: how many columns propose it, how often the text has had it, and whether it hangs on the text or on
-// a guess. Of all tokens proposed at a node one at most is right: probabilities are a softmax of the logits, with 0 for "none of them". Weights start from
-// priors and are learned online, from every node whose next token has become known, whether or not its proposals fitted
-// into the step.
+// full and the others in part, so that sources that agree strengthen each other; what that leaves wrong is learned by
+// the token's circumstances: how many columns propose it, how often the text has had it, and whether it hangs on the
+// text or on a guess. Of all tokens proposed at a node one at most is right: probabilities are a softmax of the logits,
+// with 0 for "none of them". Weights start from priors and are learned online, from every node whose next token has
+// become known, whether or not its proposals fitted into the step.
 
 #pragma once
 
@@ -148,7 +148,7 @@ struct Acceptance {
     Calibration calibration;
     std::vector<double> weights, evidence;
 
-    // The feature of tokens that so many columns propose, that the text has had so often, after the text or after a guess
+    // The feature of tokens that so many columns propose and the text has had so often, after the text or after a guess
     int circumstances(int num_columns, int times, bool after_guess) const {
         const int kind = times < 2 ? times : times < 4 ? 2 : 3;
         return num_proposal_features + (kind * 2 + after_guess) * MOST_AGREE + std::min(num_columns, MOST_AGREE) - 1;
