@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from runtime.config import Config
 from runtime.device import pick_device
-from runtime.disk import cache_root
+from runtime.disk import cache_root, written_whole
 from runtime.lookahead.core import SequenceRows
 from runtime.model import native
 from runtime.model.spec import ModelSpec
@@ -194,10 +194,8 @@ def stored(config: Config, spec: ModelSpec) -> CostCurve | None:
 def store(config: Config, spec: ModelSpec, curve: CostCurve) -> Path:
     """Keep the curve; returns where."""
     place = _place(config, spec)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    scratch = place.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(asdict(curve)))
-    scratch.replace(place)
+    with written_whole(place) as scratch:
+        scratch.write_text(json.dumps(asdict(curve)))
     return place
 
 

@@ -18,6 +18,15 @@ def cache_root() -> Path:
 
 
 @contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which then takes its place: nobody reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{os.getpid()}.{path.name}")
+    yield scratch
+    scratch.replace(path)
+
+
+@contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on `path`; the system drops it with the process."""
     with path.open("w") as file:

@@ -8,7 +8,6 @@ same opening of an answer: behind nothing at all, it would be the first token, o
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.config import Config
-from runtime.disk import cache_root, locked
+from runtime.disk import cache_root, locked, written_whole
 from runtime.executor import Executor
 from runtime.lookahead.core import SequenceRows
 from runtime.model.loader import resolve_model
@@ -50,9 +49,8 @@ def primed(
         except (OSError, ValueError):
             say(f"asking the model what follows each token (once; at most {BUDGET_S:.0f} seconds) ...")
         top = _asked(executor, config, spec, opening, top_k)
-        scratch = place.with_suffix(f".{os.getpid()}.tmp.npy")
-        np.save(scratch, top)
-        scratch.replace(place)
+        with written_whole(place) as scratch:
+            np.save(scratch, top)
     return top
 
 

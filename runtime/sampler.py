@@ -66,12 +66,17 @@ class Logits:
 
 
 def sampled_rows(rows: Int32, sequences: Int32) -> NDArray[np.intp]:
-    """Which rows choose by chance; the others take the largest logit. Arguments as `choose_tokens` has them."""
+    """Which rows choose by chance, [S]; the others take the largest logit. Arguments as `choose_tokens` has them."""
     return np.flatnonzero((rows[:, Row.CHOOSE] == Choose.SAMPLE) & (sequences[:, Seq.TEMPERATURE].view(np.float32) > 0))
 
 
 def choose_tokens(
-    logits: Logits, rows: Int32, sequences: Int32, mesh: Mesh, vocab_range: tuple[int, int]
+    logits: Logits,
+    rows: Int32,
+    sequences: Int32,
+    sampled: NDArray[np.intp],
+    mesh: Mesh,
+    vocab_range: tuple[int, int],
 ) -> torch.Tensor:
     """The token each row chooses, the same on every TP rank. [R] int64
 
@@ -79,9 +84,9 @@ def choose_tokens(
         logits: this shard's slice of the vocabulary, of R rows.
         rows: the rows of the plan the logits belong to. [R, len(Row)]
         sequences: their sequences' parameters, line by line. [R, len(Seq)]
+        sampled: what `sampled_rows` says of them.
         vocab_range: the ids the slice covers, [start, stop).
     """
-    sampled = sampled_rows(rows, sequences)
     chosen = _best_of_shards(*logits.best(), mesh, vocab_range)
     if not len(sampled):
         return chosen

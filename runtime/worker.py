@@ -79,9 +79,10 @@ class Worker:
         wanted = np.flatnonzero((rows[:, Row.CHOOSE] != Choose.NOTHING) & (rows[:, Row.OWNER] == self.mesh.replica))
         if len(wanted):
             rows, sequences, place = rows[wanted], sequences[wanted], (self.mesh, self.decoder.vocab_range)
-            keep_all = len(sampled_rows(rows, sequences)) > 0
-            logits = self.decoder.search(hidden[upload(wanted, hidden.device)], max(plan.top_k, 1), keep_all)
-            found = [choose_tokens(logits, rows, sequences, *place)[:, None]]
+            sampled = sampled_rows(rows, sequences)
+            wanted_hidden = hidden[upload(wanted, hidden.device)]
+            logits = self.decoder.search(wanted_hidden, max(plan.top_k, 1), keep_all=len(sampled) > 0)
+            found = [choose_tokens(logits, rows, sequences, sampled, *place)[:, None]]
             if plan.top_k:
                 found.append(top_tokens(logits, plan.top_k, *place))
             chosen[wanted] = torch.cat(found, dim=1).cpu().numpy()

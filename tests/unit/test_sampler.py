@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from runtime.mesh import Mesh
-from runtime.sampler import Logits, _least_kept, choose_tokens, gumbel, top_tokens
+from runtime.sampler import Logits, _least_kept, choose_tokens, gumbel, sampled_rows, top_tokens
 from runtime.step import TOP_BITS, Choose, Row, Seq
 
 
@@ -27,7 +27,8 @@ def rows_at(positions, choose=Choose.SAMPLE) -> np.ndarray:
 
 
 def choose(logits, rows, parameters) -> np.ndarray:
-    return choose_tokens(Logits(logits), rows, parameters, Mesh(), (0, logits.shape[1])).numpy()
+    sampled = sampled_rows(rows, parameters)
+    return choose_tokens(Logits(logits), rows, parameters, sampled, Mesh(), (0, logits.shape[1])).numpy()
 
 
 LOGITS = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2

@@ -55,7 +55,8 @@ class Acceptance:
 
     def __init__(self, priors: Sequence[float]) -> None: ...
     weights: list[float]
-    """Those of `priors`, and six more: of how many columns propose a token, after the text or after a guess."""
+    """Those of `priors`, and then those of a token's circumstances: how many columns propose it, how often the text has
+    had it, and whether it stands after the text or after a guess."""
     evidence: list[float]
     """Sums of squared gradients; the more, the slower a weight moves."""
 

@@ -86,14 +86,11 @@ class Kept {
     // `most`: the largest of them; of equals the first one stays
     void offer(int64_t row, int64_t panel, float most, const float* values) {
         if (!(most > least[row])) return;
-        const auto first = entries.begin() + row * k, last = first + k;
-        const auto smaller = [](const Entry& a, const Entry& b) { return a.most < b.most; };
-        const auto entry = std::max_element(first, last, [&](const Entry& a, const Entry& b) {
-            return smaller(b, a) || (!smaller(a, b) && a.panel < b.panel);
-        });
+        const auto first = entries.begin() + row * k;
+        const auto entry = std::min_element(first, first + k);
         *entry = {panel, most};
         std::copy_n(values, PANEL, logits.begin() + (entry - entries.begin()) * PANEL);
-        least[row] = std::min_element(first, last, smaller)->most;
+        least[row] = std::min_element(first, first + k)->most;
     }
 
     // Null where it has not been kept
@@ -107,6 +104,9 @@ class Kept {
     struct Entry {
         int64_t panel = -1;
         float most = -INFINITE;
+
+        // The one that goes first: of equals the last panel
+        bool operator<(const Entry& other) const { return std::pair(most, -panel) < std::pair(other.most, -other.panel); }
     };
 
     int64_t k;
