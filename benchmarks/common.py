@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from cluster.batch import parse, read_lines
+from cluster.cli.batch import parse, read_lines
 from runtime.config import CacheConfig, LookaheadConfig
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
 from runtime.equality import Gap, gap_by
 from runtime.request import Completion
 

@@ -19,8 +19,8 @@ import typer
 from rich.progress import track
 
 from benchmarks.common import DEFAULT_PROMPTS, plot_lines, print_json, print_table, sink, stderr
-from cluster.batch import parse, read_lines
-from cluster.client import Client
+from cluster.cli.batch import parse, read_lines
+from cluster.client.client import Client
 from runtime.request import Usage
 
 PARTS = 10

@@ -19,12 +19,12 @@ import numpy as np
 import typer
 
 from benchmarks.common import DEFAULT_PROMPTS, HuggingFace, load_prompts, parse_try, print_json, print_table, stderr
-from cluster.backends import open_engine
+from cluster.client.backends import open_engine
 from runtime.config import Config, LookaheadConfig, SamplingParams
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
+from runtime.engine.scoring import Scorer
 from runtime.equality import Equality, Gap
 from runtime.model.loader import resolve_model
-from runtime.scoring import Scorer
 
 BETWEEN_RUNS, AGAINST_HUGGING_FACE = 1e-4, 1e-3
 """Largest gap that counts as a near-tie, float32."""

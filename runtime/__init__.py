@@ -14,7 +14,7 @@ from runtime.config import Config, LookaheadConfig, SamplingParams
 from runtime.errors import ConfigError, InvalidRequestError, OutriderError, ResourceExhaustedError, WorkerError
 
 if TYPE_CHECKING:
-    from runtime.engine import Engine
+    from runtime.engine.engine import Engine
 
 __all__ = [
     "Config",
@@ -33,7 +33,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`Engine` on first use, so that reading a config does not import torch."""
     if name == "Engine":
-        from runtime.engine import Engine
+        from runtime.engine.engine import Engine
 
         return Engine
     raise AttributeError(f"module 'runtime' has no attribute {name!r}")

@@ -30,6 +30,10 @@ class InvalidRequestError(FieldError):
     """A request is malformed; sending it again will fail again (INVALID_ARGUMENT)."""
 
 
+class DuplicateRequestError(InvalidRequestError):
+    """Another request or conversation with this id has not ended yet (ALREADY_EXISTS)."""
+
+
 class ResourceExhaustedError(FieldError):
     """The request is well formed, but there is no room for it now (RESOURCE_EXHAUSTED)."""
 

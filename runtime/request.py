@@ -1,12 +1,16 @@
-"""What goes into the engine and what comes out: token ids, never text."""
+"""What goes into the engine and what comes out: requests and token ids; text stays at the edge."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from runtime.config import LookaheadConfig, SamplingParams
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""Text, token ids, or chat messages ({"role", "content"})."""
 
 
 class FinishReason(StrEnum):

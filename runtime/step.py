@@ -106,7 +106,7 @@ class StepResult:
     """What a step gave: one token per row that chose one, and where the time went."""
 
     tokens: Int32  # [T]; -1 for rows that chose none
-    top: Int32  # [T, top_k] likeliest tokens, packed (runtime.sampler.top_tokens); zeros for rows that chose none
+    top: Int32  # [T, top_k] likeliest tokens, packed (runtime.model.sampler.top_tokens); zeros for rows that chose none
     seconds: dict[str, float]
     """broadcast, forward, gather: seconds of each part, as the coordinator saw them."""
 

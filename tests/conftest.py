@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime import cost, priming
+from runtime.tuning import cost, priming
 from tests.models import save_tiny_model
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from runtime.mesh import Mesh
+from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch
 from runtime.model.decoder import Decoder
 from runtime.model.loader import load_decoder

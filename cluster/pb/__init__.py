@@ -1,1 +1,1 @@
-"""Service stubs generated from proto/; the messages they carry are in runtime/pb."""
+"""Messages and service stubs generated from proto/. The messages need no gRPC."""

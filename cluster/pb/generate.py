@@ -1,7 +1,6 @@
 """Generates the Python code of proto/ into place: `python -m cluster.pb.generate`.
 
-Messages go to runtime/pb and service stubs, which import grpc, to cluster/pb. Needs grpcio-tools, in
-the version that the constraints file pins: another one may write other code.
+Needs grpcio-tools, in the version that the constraints file pins: another one may write other code.
 """
 
 from __future__ import annotations
@@ -20,34 +19,29 @@ def generate(root: Path = ROOT) -> dict[Path, str]:
     from grpc_tools import protoc
 
     sources = sorted(str(path.relative_to(root / "proto")) for path in (root / "proto" / PACKAGE).glob("*.proto"))
-    with tempfile.TemporaryDirectory() as folder:
-        messages, stubs = Path(folder, "messages"), Path(folder, "stubs")
-        messages.mkdir()
-        stubs.mkdir()
+    with tempfile.TemporaryDirectory() as produced:
         arguments = [
             "protoc",
             f"--proto_path={root / 'proto'}",
             f"--proto_path={resources.files('grpc_tools') / '_proto'}",
-            f"--python_out={messages}",
-            f"--pyi_out={messages}",
-            f"--grpc_python_out={stubs}",
+            f"--python_out={produced}",
+            f"--pyi_out={produced}",
+            f"--grpc_python_out={produced}",
             *sources,
         ]
         if status := protoc.main(arguments):
             raise RuntimeError(f"protoc ended with status {status}; its messages are above")
-        files = {}
-        for home, produced in (("runtime/pb", messages), ("cluster/pb", stubs)):
-            for path in sorted(produced.rglob("*.py*")):
-                files[Path(home) / path.relative_to(produced)] = _rehome(path.read_text())
-            for package in (PACKAGE, PACKAGE.partition("/")[0]):
-                files[Path(home, package, "__init__.py")] = ""
+        home = Path("cluster", "pb")
+        files = {home / package / "__init__.py": "" for package in (PACKAGE, PACKAGE.partition("/")[0])}
+        for path in sorted(Path(produced).rglob("*.py*")):
+            files[home / path.relative_to(produced)] = _rehome(path.read_text())
         return files
 
 
 def _rehome(text: str) -> str:
-    """protoc imports messages by their proto package; here they live below runtime.pb."""
+    """protoc imports messages by their proto package; here they live below cluster.pb."""
     package = PACKAGE.replace("/", ".")
-    return text.replace(f"from {package} import", f"from runtime.pb.{package} import")
+    return text.replace(f"from {package} import", f"from cluster.pb.{package} import")
 
 
 def main() -> int:

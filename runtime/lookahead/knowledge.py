@@ -16,7 +16,7 @@ class Knowledge:
     """
 
     def __init__(self, bigrams: Bigrams | None = None) -> None:
-        """`bigrams`: what the model says behind single tokens (runtime.priming), known from the beginning."""
+        """`bigrams`: what the model says behind single tokens (runtime.tuning.priming), known from the beginning."""
         self.bigrams = bigrams
         self.table = RecycleTable(bigrams)
         self.acceptance = Acceptance(priors())

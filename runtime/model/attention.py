@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from runtime.cache import KVCache, Stage
-from runtime.device import upload
+from runtime.mesh.device import upload
+from runtime.model.kv_cache import KVCache, Stage
 from runtime.model.layers import at_least_float32
 from runtime.model.rotary import Rotary
 from runtime.model.shard import HeadShard

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.cache import CacheMaker, KVCache
-from runtime.mesh import Mesh
+from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch, StepAttention, Views
+from runtime.model.kv_cache import CacheMaker, KVCache
 from runtime.model.layers import GatedMLP, Linear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
 from runtime.model.rotary import Rotary
+from runtime.model.sampler import Logits
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
-from runtime.sampler import Logits
 
 
 @dataclass(frozen=True)

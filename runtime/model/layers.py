@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from runtime.mesh import Mesh
+from runtime.mesh.mesh import Mesh
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")  # oneDNN makes kernels per shape, and keeps 1024
 
@@ -135,3 +136,24 @@ def activate(x: torch.Tensor, name: str) -> torch.Tensor:
     if name in ("silu", "swish"):
         return F.silu(x)
     return F.gelu(x, approximate="none" if name == "gelu" else "tanh")
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One rank's share of a layer's tensors, those that are multiplied together fused."""
+
+    attention_norm: torch.Tensor
+    qkv: torch.Tensor
+    """[(H + 2K) * d, D], as DecoderLayer.qkv."""
+    qkv_bias: torch.Tensor | None
+    head_norm: torch.Tensor | None
+    """[H + K, d]"""
+    output: torch.Tensor
+    output_bias: torch.Tensor | None
+    mlp_norm: torch.Tensor
+    gate_up: torch.Tensor
+    """Gate first, then up."""
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+    window: int | None

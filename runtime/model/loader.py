@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from runtime.errors import ConfigError
-from runtime.mesh import Mesh
+from runtime.mesh.mesh import Mesh
 from runtime.model.decoder import Decoder, DecoderLayer
-from runtime.model.layers import GatedMLP, Linear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
+from runtime.model.layers import GatedMLP, LayerWeights, Linear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
 from runtime.model.native import NativeDecoder, obstacle
 from runtime.model.rotary import Rotary, pairs_adjacent
 from runtime.model.shard import HeadShard, split
@@ -142,27 +141,6 @@ def _has_native(spec: ModelSpec, dtype: torch.dtype, device: torch.device, requi
     if problem:
         log.info("torch kernels are used: %s", problem)
     return problem is None
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One rank's share of a layer's tensors, those that are multiplied together fused."""
-
-    attention_norm: torch.Tensor
-    qkv: torch.Tensor
-    """[(H + 2K) * d, D], as DecoderLayer.qkv."""
-    qkv_bias: torch.Tensor | None
-    head_norm: torch.Tensor | None
-    """[H + K, d]"""
-    output: torch.Tensor
-    output_bias: torch.Tensor | None
-    mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    """Gate first, then up."""
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
-    window: int | None
 
 
 def _torch_layer(weights: LayerWeights, spec: ModelSpec, mesh: Mesh) -> DecoderLayer:

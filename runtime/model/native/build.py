@@ -52,11 +52,8 @@ def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.outrider_scratch.restype = kernels.outrider_head_scratch.restype = count
     kernels.outrider_forward.argtypes = [pointer, pointer, count, count]
     kernels.outrider_search.argtypes = [pointer, count, *[pointer] * 4, count, *[pointer] * 3, count]
-    kernels.outrider_arrive.argtypes = [pointer, count]
-    kernels.outrider_met.argtypes, kernels.outrider_met.restype = [pointer, count, count], count
-    kernels.outrider_sum.argtypes = [pointer, count, count, pointer, count]
     kernels.outrider_units.argtypes, kernels.outrider_units.restype = [], ctypes.c_char_p
-    for name in ("forward", "search", "arrive", "sum"):
+    for name in ("forward", "search"):
         getattr(kernels, f"outrider_{name}").restype = None
     return kernels
 

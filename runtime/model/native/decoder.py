@@ -7,24 +7,20 @@ import ctypes
 import mmap
 from collections.abc import Iterable, Sequence
 from ctypes import Structure, c_double, c_int64, c_void_p
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from runtime.cache import CacheMaker, KVCache
-from runtime.mesh import Mesh
+from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch, Segment
-from runtime.model.layers import VocabParallelEmbedding
+from runtime.model.kv_cache import CacheMaker, KVCache
+from runtime.model.layers import LayerWeights, VocabParallelEmbedding
 from runtime.model.native.build import available, library
 from runtime.model.rotary import Rotary
+from runtime.model.sampler import Logits
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.retention import Bools, Ints
-from runtime.sampler import Logits
-
-if TYPE_CHECKING:
-    from runtime.model.loader import LayerWeights
 
 LANES, PANEL = 16, 32
 BLOCK = PANEL

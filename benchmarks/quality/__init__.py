@@ -1,0 +1,1 @@
+"""What cache policies cost in quality."""

@@ -1,0 +1,1 @@
+"""Tokens per step and latency against workers, how they are split, rows per step and candidate sources."""

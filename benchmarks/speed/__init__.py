@@ -1,0 +1,1 @@
+"""One request at a time: lookahead beside lookahead off and other engines."""

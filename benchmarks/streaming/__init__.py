@@ -1,0 +1,1 @@
+"""Streaming caches over long texts."""

@@ -1,0 +1,63 @@
+"""What people see: streamed text with the parallel tokens in colour, and a line of figures."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, TextIO
+
+from cluster.wire.answers import Chunk
+from runtime.request import FinishReason, Usage
+
+if TYPE_CHECKING:
+    from runtime.tokenizer import Tokenizer
+
+ACCEPTED = "\x1b[1;32m"
+RESET = "\x1b[0m"
+
+
+def wants_color(file: TextIO, choice: bool | None = None) -> bool:
+    """The user's choice, else whether `file` is a terminal and NO_COLOR is not set."""
+    return choice if choice is not None else file.isatty() and not os.environ.get("NO_COLOR")
+
+
+class TextStream:
+    """Writes an answer as it comes. With colour, the tokens that a step accepted stand out from the one it chose.
+
+    Without a tokenizer a step's text cannot be split, and all text of a step that accepted some stands out.
+    """
+
+    def __init__(self, file: TextIO, color: bool, tokenizer: Tokenizer | None = None) -> None:
+        self._file, self._color = file, color
+        self._detokenizer = None
+        if color and tokenizer is not None:
+            from runtime.tokenizer import Detokenizer
+
+            self._detokenizer = Detokenizer(tokenizer)
+
+    def write(self, chunk: Chunk) -> None:
+        """Write one chunk of the answer."""
+        if self._detokenizer is None:
+            self._put(chunk.text, accepted=chunk.num_accepted > 0)
+        else:
+            own = len(chunk.token_ids) - (chunk.finish_reason is FinishReason.STOP)  # a stop token is no text
+            self._put(self._detokenizer.push(chunk.token_ids[: chunk.num_accepted]), accepted=True)
+            self._put(self._detokenizer.push(chunk.token_ids[chunk.num_accepted : own]), accepted=False)
+            if chunk.finish_reason is not None:
+                self._put(self._detokenizer.flush(), accepted=False)
+        self._file.flush()
+
+    def _put(self, text: str, accepted: bool) -> None:
+        self._file.write(f"{ACCEPTED}{text}{RESET}" if text and accepted and self._color else text)
+
+
+def tokens_per_second(usage: Usage) -> float:
+    """New tokens over the whole latency, the prompt's part included."""
+    return usage.num_new_tokens / usage.latency_s if usage.latency_s else 0.0
+
+
+def summary(usage: Usage) -> str:
+    """One line of figures."""
+    return (
+        f"{usage.num_new_tokens} tokens in {usage.num_steps} steps, {usage.tokens_per_step:.2f} tokens per step, "
+        f"{tokens_per_second(usage):.1f} tokens/s, first token after {usage.ttft_s:.2f} s"
+    )

@@ -1,0 +1,236 @@
+"""Where answers come from: an engine in this process (its mesh on Ray), or a server. One interface for both."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cluster.client.client import Client
+from cluster.pb.outrider.v1 import generation_pb2 as pb
+from cluster.wire.answers import Chunk, cache_is_full, num_accepted
+from cluster.wire.requests import one_prompt
+from runtime.config import Config
+from runtime.errors import WorkerError
+from runtime.progress import tell
+from runtime.request import FinishReason, Prompt, StepOutput
+
+if TYPE_CHECKING:
+    from runtime.engine.engine import Engine
+    from runtime.engine.loop import EngineLoop
+    from runtime.engine.session import Session
+    from runtime.request import Request
+
+
+class Conversation(Protocol):
+    """Turns that share one cache. For one thread, but for `stop`."""
+
+    def ask(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        token_ids: Sequence[int] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        lookahead: Mapping[str, Any] | None = None,
+    ) -> Iterator[Chunk]:
+        """Append one of text, chat messages (those since the last answer) and token ids, and answer it.
+
+        Parameters not named are the engine's or server's defaults. Asking again stops what is left of the answer
+        before. Raises InvalidRequestError, here or with the first chunk; the chunks raise ResourceExhaustedError
+        where the conversation fills its cache, or WorkerError. From a server, all but the first are a CallError.
+        """
+
+    def stop(self) -> None:
+        """End the running answer, if there is one: its last chunk, still to be read, says CANCELLED. Safe in a signal
+        handler."""
+
+    def close(self) -> None:
+        """End the conversation and free its cache. Idempotent."""
+
+
+class Backend(Protocol):
+    """Safe to use from several threads."""
+
+    def converse(self) -> Conversation:
+        """Begin a conversation. Raises ResourceExhaustedError, here or with the first chunk, if too many are open."""
+
+    def cache_info(self) -> pb.CacheInfo:
+        """What the cache keeps and takes."""
+
+    def stream(self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any]) -> Iterator[Chunk]:
+        """Continue a prompt; parameters not named are the engine's or server's defaults.
+
+        Raises InvalidRequestError, ResourceExhaustedError or WorkerError. Leaving early withdraws the request.
+        """
+
+    def close(self) -> None:
+        """End what is running and let go of everything. Idempotent."""
+
+
+@contextmanager
+def open_engine(config: Config) -> Iterator[Engine]:
+    """An engine in this process: alone where the mesh is 1x1, else with its workers on Ray."""
+    from runtime.engine.engine import Engine
+    from runtime.model.loader import load_spec, resolve_model
+    from runtime.tuning import choose
+
+    config = choose.resolved(config, open_engine, tell)
+    if config.parallel.num_workers == 1:
+        with Engine.from_config(config) as engine:
+            yield engine
+        return
+    # What is wrong with the model is wrong without Ray too: say so before anything is started.
+    load_spec(resolve_model(config.model.path)).check_tp(config.parallel.tp)
+    from cluster.actors.pool import RayPool
+
+    pool = RayPool(config)
+    try:
+        with Engine.from_config(config, pool) as engine:
+            yield engine
+    finally:
+        pool.close()
+
+
+class InProcess:
+    """An engine of our own, in its loop."""
+
+    def __init__(self, config: Config) -> None:
+        from runtime.engine.loop import EngineLoop
+
+        self._stack = ExitStack()
+        self.engine = self._stack.enter_context(open_engine(config))
+        self._loop = EngineLoop(self.engine)
+        self._stack.callback(self._loop.close)
+
+    def stream(self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any]) -> Iterator[Chunk]:
+        defaults = self.engine.config
+        request = self.engine.make_request(
+            prompt, defaults.sampling.merged(sampling), defaults.lookahead.merged(lookahead, "lookahead.")
+        )
+        answer = _Answer(self.engine, self._loop, request)
+        try:
+            for chunk in answer:
+                if chunk.finish_reason is FinishReason.CANCELLED:
+                    raise WorkerError("the request was withdrawn")
+                yield chunk
+        finally:
+            if not answer.ended:
+                self._loop.cancel(request.request_id)
+
+    def converse(self) -> Conversation:
+        return LocalConversation(self.engine, self._loop)
+
+    def cache_info(self) -> pb.CacheInfo:
+        from cluster.wire.server_info import cache_info
+
+        return cache_info(self.engine, self._loop.stats)
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+class _Answer(Iterator[Chunk]):
+    """The chunks of a request that an engine loop runs."""
+
+    def __init__(self, engine: Engine, loop: EngineLoop, request: Request, session: Session | None = None) -> None:
+        from runtime.tokenizer import Detokenizer
+
+        self.ended = False
+        """Whether the last chunk has been read, or an error has come in its place."""
+        self.request_id = request.request_id
+        self._capacity = engine.capacity
+        self._session = session
+        self._detokenizer = Detokenizer(engine.tokenizer)
+        self._outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
+        loop.submit(request, self._outputs.put)
+
+    def __next__(self) -> Chunk:
+        if self.ended:
+            raise StopIteration
+        output = self._outputs.get()
+        self.ended = output.finish_reason is not None
+        if output.finish_reason is FinishReason.ERROR:
+            raise WorkerError(output.error or "the workers failed")
+        if self._session is not None:
+            self._session.take(output)
+            if output.finish_reason is FinishReason.LENGTH and not output.usage.num_new_tokens:
+                raise cache_is_full(self._capacity)
+        return Chunk(
+            request_id=output.request_id,
+            text=self._detokenizer.push(output.text_ids) + (self._detokenizer.flush() if self.ended else ""),
+            token_ids=output.token_ids,
+            num_accepted=num_accepted(output),
+            finish_reason=output.finish_reason,
+            usage=output.usage if self.ended else None,
+        )
+
+
+class LocalConversation:
+    """A conversation with the engine of this process."""
+
+    def __init__(self, engine: Engine, loop: EngineLoop) -> None:
+        self._engine, self._loop = engine, loop
+        self._session = loop.open_session()
+        self._answer: _Answer | None = None
+
+    def ask(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        token_ids: Sequence[int] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        lookahead: Mapping[str, Any] | None = None,
+    ) -> Iterator[Chunk]:
+        _, value = one_prompt(prompt, messages, token_ids)
+        self._stop_rest()
+        defaults = self._engine.config
+        request = self._engine.make_request(
+            value,
+            defaults.sampling.merged(sampling or {}),
+            defaults.lookahead.merged(lookahead or {}, "lookahead."),
+            session=self._session,
+        )
+        self._answer = _Answer(self._engine, self._loop, request, self._session)
+        return self._answer
+
+    def stop(self) -> None:
+        if self._answer is not None and not self._answer.ended:
+            self._loop.cancel(self._answer.request_id)
+
+    def close(self) -> None:
+        self._loop.close_session(self._session)
+
+    def _stop_rest(self) -> None:
+        self.stop()
+        for _ in self._answer or ():
+            pass
+
+
+class Remote:
+    """A server's GenerationService."""
+
+    def __init__(self, address: str) -> None:
+        self._client = Client(address)
+
+    def stream(self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any]) -> Iterator[Chunk]:
+        given: dict[str, Any]
+        if isinstance(prompt, str):
+            given = {"prompt": prompt}
+        elif prompt and isinstance(prompt[0], Mapping):
+            given = {"messages": prompt}
+        else:
+            given = {"token_ids": prompt}
+        with self._client.generate(**given, sampling=sampling, lookahead=lookahead) as chunks:
+            yield from chunks
+
+    def converse(self) -> Conversation:
+        return self._client.converse()
+
+    def cache_info(self) -> pb.CacheInfo:
+        return self._client.server_info().cache
+
+    def close(self) -> None:
+        self._client.close()

@@ -1,0 +1,136 @@
+"""A client for GenerationService. It needs gRPC and protobuf, not torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.client.conversation import Conversation
+from cluster.pb.outrider.v1 import generation_pb2 as pb
+from cluster.pb.outrider.v1 import generation_pb2_grpc as pb_grpc
+from cluster.wire.answers import Answer, Chunk, read_chunk
+from cluster.wire.requests import prompted
+from cluster.wire.statuses import CallError, call_error
+
+MAX_MESSAGE_BYTES = 16 * 2**20
+
+
+class Stream(Iterator[Chunk]):
+    """The chunks of one call, as they come. Raises CallError. Closing it early cancels the request."""
+
+    def __init__(self, call: Any, address: str) -> None:
+        self._call, self._address = call, address
+
+    def __next__(self) -> Chunk:
+        try:
+            message = next(self._call)
+            return read_chunk(message, message.request_id)
+        except grpc.RpcError as error:
+            raise call_error(error, self._address) from None
+
+    def close(self) -> None:
+        """Cancel the call if it has not ended."""
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Client:
+    """One connection; calls may come from any number of threads at once."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        limits = [
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ]
+        self._channel = grpc.insecure_channel(address, options=limits)
+        self._generation = pb_grpc.GenerationServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        token_ids: Sequence[int] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        lookahead: Mapping[str, Any] | None = None,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Stream:
+        """Start a call: text, chat messages or token ids, with the parameters that differ from the server's defaults.
+
+        `sampling` and `lookahead` have the names of the config's sections; `timeout_s` bounds the whole call.
+        Raises InvalidRequestError if the request cannot be put on the wire, CallError if the call fails.
+        """
+        request = prompted(pb.GenerateRequest, prompt, messages, token_ids, sampling, lookahead)
+        if request_id is not None:
+            request.request_id = request_id
+        return Stream(self._generation.Generate(request, timeout=timeout_s), self.address)
+
+    def converse(self, session_id: str | None = None, timeout_s: float | None = None) -> Conversation:
+        """Begin a conversation; the server opens its session with the first turn. `timeout_s` bounds all of it."""
+        return Conversation(self._generation, self.address, session_id, timeout_s)
+
+    def complete(self, prompt: str | None = None, **arguments: Any) -> Answer:
+        """`generate`, waiting for the end. Several threads calling this is how requests run side by side."""
+        with self.generate(prompt, **arguments) as stream:
+            chunks = list(stream)
+        last = chunks[-1]
+        assert last.finish_reason is not None and last.usage is not None
+        return Answer(
+            request_id=last.request_id,
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+            finish_reason=last.finish_reason,
+            usage=last.usage,
+            run_lengths=tuple(len(chunk.token_ids) for chunk in chunks if chunk.token_ids),
+        )
+
+    def server_info(self, timeout_s: float = 10.0) -> pb.GetServerInfoResponse:
+        """The server's description. Raises CallError."""
+        try:
+            return self._generation.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise call_error(error, self.address) from None
+
+    def is_serving(self, timeout_s: float = 5.0) -> bool:
+        """The health service's answer. Raises CallError if there is none."""
+        try:
+            answer = self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise call_error(error, self.address) from None
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    def wait_ready(self, timeout_s: float = 60.0) -> None:
+        """Wait until the server takes requests; raises CallError with the last obstacle if it does not in time."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            obstacle = CallError(self.address, grpc.StatusCode.UNAVAILABLE, "its health service says NOT_SERVING")
+            try:
+                if self.is_serving():
+                    return
+            except CallError as error:
+                obstacle = error
+            if time.monotonic() > deadline:
+                raise obstacle
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        """End the connection; calls that are still running are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

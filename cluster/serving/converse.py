@@ -1,0 +1,176 @@
+"""A conversation's call: turns in, their answers out, over a session that keeps its cache slot between them."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections import deque
+from collections.abc import AsyncIterable, Callable
+from concurrent.futures import Executor
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from cluster.pb.outrider.v1 import generation_pb2 as pb
+from cluster.serving import calls
+from cluster.wire import answers, requests
+from cluster.wire.answers import cache_is_full
+from cluster.wire.statuses import IdleError
+from runtime.engine.engine import Engine
+from runtime.engine.loop import EngineLoop
+from runtime.engine.session import Session
+from runtime.errors import InvalidRequestError, ResourceExhaustedError, WorkerError
+from runtime.request import FinishReason, Request, StepOutput, Usage
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+MAX_UNANSWERED_TURNS = 8
+"""Turns that a client may have sent without having a complete answer."""
+
+
+@dataclass
+class _Turn:
+    """A turn that is not answered yet."""
+
+    index: int
+    message: pb.Turn
+    stopped: bool = False
+    request_id: str | None = None
+    """Set once it runs."""
+    arrival_s: float = field(default_factory=time.perf_counter)
+
+
+class Conversation:
+    """One call of Converse. Two tasks share it: one reads, so that a stop gets through, the other answers."""
+
+    def __init__(self, engine: Engine, loop: EngineLoop, threads: Executor, context: grpc.aio.ServicerContext) -> None:
+        self._engine, self._loop, self._threads, self._context = engine, loop, threads, context
+        self._idle_timeout_s = engine.config.server.session_idle_timeout_s
+        self._session: Session | None = None
+        self._num_turns = 0
+        self._unanswered: deque[_Turn] = deque()  # oldest first; the running one included
+        # What the reader hands on: turns, then None at the stream's end, or what is wrong with it.
+        self._inbox: asyncio.Queue[_Turn | Exception | None] = asyncio.Queue()
+        self._usage = Usage()  # of the last turn that ran
+
+    async def run(self, messages: AsyncIterable[pb.ConverseRequest]) -> None:
+        """Answer turns until the client closes its stream. Raises what ends the conversation otherwise."""
+        reader = asyncio.create_task(self._read(messages))
+        try:
+            while (turn := await self._next()) is not None:
+                await self._answer(turn)
+                self._unanswered.popleft()
+        finally:
+            reader.cancel()
+            if self._session is not None:
+                self._loop.close_session(self._session)
+
+    def drain(self) -> None:
+        """End after the running turn; those that wait are not answered."""
+        while not self._inbox.empty():
+            self._inbox.get_nowait()
+        self._inbox.put_nowait(WorkerError("the server is shutting down"))
+
+    # Reading
+
+    async def _read(self, messages: AsyncIterable[pb.ConverseRequest]) -> None:
+        try:
+            async for message in messages:
+                await self._in_thread(requests.refuse_unknown_fields, message)
+                self._take(message)
+            self._inbox.put_nowait(None)
+        except DecodeError as error:
+            problem, remedy = f"cannot be decoded ({error})", "Send messages of the proto's type."
+            self._inbox.put_nowait(InvalidRequestError("request", "message", problem, remedy))
+        except Exception as error:  # raised where its turn is
+            self._inbox.put_nowait(error)
+
+    def _take(self, message: pb.ConverseRequest) -> None:
+        event = message.WhichOneof("event")
+        if event is None:
+            raise InvalidRequestError("event", None, "is missing", "Set one of turn and stop.")
+        session_id = requests.read_id(message, "session_id")
+        if self._session is None:
+            self._session = self._loop.open_session(session_id)
+        elif session_id is not None:
+            problem, remedy = "the conversation has its session", "Name it in the first message only."
+            raise InvalidRequestError("session_id", session_id, problem, remedy)
+        if event == "stop":
+            for turn in self._unanswered:
+                turn.stopped = True
+                if turn.request_id is not None:
+                    self._loop.cancel(turn.request_id)
+            return
+        if len(self._unanswered) >= MAX_UNANSWERED_TURNS:
+            problem = f"{len(self._unanswered)} turns are not answered yet"
+            raise ResourceExhaustedError("turn", self._num_turns, problem, "Read their answers before sending more.")
+        turn = _Turn(self._num_turns, message.turn)
+        self._num_turns += 1
+        self._unanswered.append(turn)
+        self._inbox.put_nowait(turn)
+
+    # Answering
+
+    async def _next(self) -> _Turn | None:
+        try:
+            async with asyncio.timeout(self._idle_timeout_s):
+                item = await self._inbox.get()
+        except TimeoutError:
+            raise self._idle("no turn came") from None
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    async def _answer(self, turn: _Turn) -> None:
+        assert self._session is not None
+        request = await self._in_thread(self._make_request, turn)
+        if turn.stopped:
+            usage = Usage(
+                kept_last=self._usage.kept_last,
+                kept_sum=self._usage.kept_sum,
+                num_seen_tokens=self._usage.num_seen_tokens,
+            )
+            await self._write(turn, StepOutput(request.request_id, (), usage, FinishReason.CANCELLED), "")
+            return
+        turn.request_id = request.request_id
+        async with aclosing(calls.answer(self._loop, self._engine.tokenizer, request)) as outputs:
+            async for output, text in outputs:
+                self._usage = output.usage
+                self._session.take(output)
+                if output.finish_reason is FinishReason.CANCELLED and not turn.stopped:
+                    raise WorkerError("the server shut down before the answer had ended")
+                if output.finish_reason is FinishReason.LENGTH and not output.usage.num_new_tokens:
+                    raise cache_is_full(self._engine.capacity)
+                await self._write(turn, output, text)
+
+    def _make_request(self, turn: _Turn) -> Request:
+        assert self._session is not None
+        prompt = requests.read_prompt(turn.message)
+        sampling = requests.read_sampling(turn.message, self._engine.config.sampling)
+        lookahead = requests.read_lookahead(turn.message, self._engine.config.lookahead)
+        request_id = f"{self._session.session_id}#{turn.index}"
+        request = self._engine.make_request(prompt, sampling, lookahead, request_id, self._session)
+        return dataclasses.replace(request, arrival_s=turn.arrival_s)
+
+    async def _write(self, turn: _Turn, output: StepOutput, text: str) -> None:
+        assert self._session is not None
+        message = answers.converse_response(self._session.session_id, turn.index, output, text)
+        try:
+            async with asyncio.timeout(self._idle_timeout_s):
+                await self._context.write(message)
+        except TimeoutError:
+            raise self._idle("the responses were not read") from None
+
+    async def _in_thread(self, work: Callable[[P], R], argument: P) -> R:
+        """What takes time for a long message, lest it hold up the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, argument)
+
+    def _idle(self, what: str) -> IdleError:
+        return IdleError(
+            f"{what} for {self._idle_timeout_s:g} s (server.session_idle_timeout_s); the session is closed"
+        )

@@ -1,0 +1,135 @@
+"""Requests on the wire: what a client sends as messages, and what a server reads out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from cluster.pb.outrider.v1 import generation_pb2 as pb
+from runtime.config import LookaheadConfig, SamplingParams
+from runtime.errors import InvalidRequestError
+from runtime.request import Prompt
+
+MAX_ID_LENGTH = 128
+
+# To messages
+
+
+def prompted(
+    kind: Any,
+    prompt: str | None,
+    messages: Sequence[Mapping[str, str]] | None,
+    token_ids: Sequence[int] | None,
+    sampling: Mapping[str, Any] | None,
+    lookahead: Mapping[str, Any] | None,
+) -> Any:
+    """A GenerateRequest or a Turn: the prompt, and the parameters that are named. Raises InvalidRequestError."""
+    name, value = one_prompt(prompt, messages, token_ids)
+    request = kind(
+        **_message("sampling", pb.SamplingParams, sampling), **_message("lookahead", pb.LookaheadParams, lookahead)
+    )
+    try:
+        if name == "messages":
+            request.messages.CopyFrom(pb.ChatMessages(messages=[pb.ChatMessage(**message) for message in value]))
+        elif name == "token_ids":
+            request.token_ids.CopyFrom(pb.TokenIds(ids=value))
+        else:
+            request.text = value
+    except (TypeError, ValueError) as error:
+        remedy = f"See {kind.DESCRIPTOR.name} in the proto."
+        raise InvalidRequestError(name, value, f"cannot be sent ({error})", remedy) from error
+    return request
+
+
+def one_prompt(
+    prompt: str | None, messages: Sequence[Mapping[str, str]] | None, token_ids: Sequence[int] | None
+) -> tuple[str, Any]:
+    """The one that is given, and its name on the wire. Raises InvalidRequestError if it is not one."""
+    given = {"text": prompt, "messages": messages, "token_ids": token_ids}
+    kinds = [kind for kind, value in given.items() if value is not None]
+    if len(kinds) != 1:
+        raise InvalidRequestError("prompt", kinds, "is not one prompt", "Give one of prompt, messages, token_ids.")
+    return kinds[0], given[kinds[0]]
+
+
+def _message(section: str, kind: Any, values: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Keyword argument for one parameter section, or none."""
+    if not values:
+        return {}
+    known = kind.DESCRIPTOR.fields_by_name
+    message = kind()
+    for name, value in values.items():
+        if name not in known:
+            raise InvalidRequestError(f"{section}.{name}", value, "unknown key", f"Known here: {', '.join(known)}.")
+        try:
+            message.MergeFrom(kind(**{name: value}))
+        except (TypeError, ValueError) as error:
+            problem, remedy = f"cannot be sent ({error})", "Give a value of the field's type."
+            raise InvalidRequestError(f"{section}.{name}", value, problem, remedy) from error
+    return {section: message}
+
+
+# From messages
+
+
+def refuse_unknown_fields(message: Message, path: str = "") -> None:
+    """Raise InvalidRequestError if the sender set a field that this version's proto does not have."""
+    for unknown in UnknownFieldSet(message):
+        where, problem = path or "request", f"the message has no field with number {unknown.field_number}"
+        remedy = "Leave the field out, or use a server as new as the client."
+        raise InvalidRequestError(where, f"field {unknown.field_number}", problem, remedy)
+    for field, value in message.ListFields():
+        if field.type != field.TYPE_MESSAGE:
+            continue
+        name = f"{path}.{field.name}" if path else field.name
+        if field.is_repeated:
+            for index, item in enumerate(value):
+                refuse_unknown_fields(item, f"{name}[{index}]")
+        else:
+            refuse_unknown_fields(value, name)
+
+
+def read_prompt(request: pb.GenerateRequest | pb.Turn) -> Prompt:
+    """The prompt as `Engine.make_request` takes it. Raises InvalidRequestError if it is missing or empty."""
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        raise InvalidRequestError("prompt", None, "is missing", "Set one of text, messages and token_ids.")
+    prompt: Prompt
+    if kind == "text":
+        prompt = request.text
+    elif kind == "messages":
+        prompt = [{"role": message.role, "content": message.content} for message in request.messages.messages]
+    else:
+        prompt = list(request.token_ids.ids)
+    if not prompt:
+        raise InvalidRequestError(kind, prompt, "is empty", "Send a prompt that is not empty.")
+    return prompt
+
+
+def read_id(request: Message, field: str) -> str | None:
+    """The id that the client chose, if it did. Raises InvalidRequestError."""
+    if not request.HasField(field):
+        return None
+    name = str(getattr(request, field))
+    if not 1 <= len(name) <= MAX_ID_LENGTH:
+        remedy = f"Give 1 to {MAX_ID_LENGTH} characters, or leave it out."
+        raise InvalidRequestError(field, name, "is empty or too long", remedy)
+    return name
+
+
+def read_sampling(request: pb.GenerateRequest | pb.Turn, defaults: SamplingParams) -> SamplingParams:
+    """`defaults` with the fields that the client set. Raises InvalidRequestError naming the field."""
+    return defaults.merged(_set_fields(request.sampling), prefix="sampling.")
+
+
+def read_lookahead(request: pb.GenerateRequest | pb.Turn, defaults: LookaheadConfig) -> LookaheadConfig:
+    """`defaults` with the fields that the client set. Raises InvalidRequestError naming the field."""
+    return defaults.merged(_set_fields(request.lookahead), prefix="lookahead.")
+
+
+def _set_fields(message: Message) -> dict[str, Any]:
+    # Lists cannot say that they are unset, so an empty one keeps the default, as the proto states.
+    return {field.name: tuple(value) if field.is_repeated else value for field, value in message.ListFields()}

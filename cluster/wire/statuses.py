@@ -1,0 +1,57 @@
+"""gRPC statuses: which one an error of the engine becomes, and what a client makes of it."""
+
+from __future__ import annotations
+
+import grpc
+
+from runtime.errors import (
+    DuplicateRequestError,
+    FieldError,
+    OutriderError,
+    ResourceExhaustedError,
+    WorkerError,
+)
+
+_MEANINGS = {
+    grpc.StatusCode.INVALID_ARGUMENT: "the server refused the request",
+    grpc.StatusCode.ALREADY_EXISTS: "the server refused the request",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "the server has no room for the request",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "the answer took longer than the time allowed",
+    grpc.StatusCode.UNAVAILABLE: "the server cannot be reached, or cannot serve now",
+    grpc.StatusCode.CANCELLED: "the call was cancelled",
+    grpc.StatusCode.UNIMPLEMENTED: "there is another kind of server",
+}
+
+
+class CallError(OutriderError):
+    """A call failed; `code` is its gRPC status."""
+
+    def __init__(self, address: str, code: grpc.StatusCode, details: str) -> None:
+        self.address, self.code, self.details = address, code, details
+        meaning = _MEANINGS.get(code, "the call failed")
+        super().__init__(f"{address}: {meaning} ({code.name}): {details}")
+
+
+class IdleError(OutriderError):
+    """A conversation held its slot for too long without a turn (DEADLINE_EXCEEDED)."""
+
+
+def status_of(error: Exception) -> grpc.StatusCode:
+    """The status code of what went wrong; INTERNAL is a defect."""
+    match error:
+        case DuplicateRequestError():
+            return grpc.StatusCode.ALREADY_EXISTS
+        case ResourceExhaustedError():
+            return grpc.StatusCode.RESOURCE_EXHAUSTED
+        case FieldError():
+            return grpc.StatusCode.INVALID_ARGUMENT
+        case IdleError():
+            return grpc.StatusCode.DEADLINE_EXCEEDED
+        case WorkerError():
+            return grpc.StatusCode.UNAVAILABLE
+    return grpc.StatusCode.INTERNAL
+
+
+def call_error(error: grpc.RpcError, address: str) -> CallError:
+    """What gRPC raised, readably."""
+    return CallError(address, error.code(), error.details() or "no details")

@@ -1,0 +1,1 @@
+"""Owns requests: admit, plan, execute, verify, emit."""

@@ -1,0 +1,359 @@
+"""The engine: admit, plan, execute, verify, emit. It alone owns requests; workers hold weights and caches."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.config import Config, LookaheadConfig, SamplingParams
+from runtime.engine.scheduler import TOP_K, Scheduler, Step
+from runtime.engine.session import Session
+from runtime.errors import InvalidRequestError
+from runtime.lookahead.core import Bigrams
+from runtime.lookahead.knowledge import Knowledge
+from runtime.model.loader import load_spec, resolve_model
+from runtime.model.shard import HeadShard
+from runtime.model.spec import ModelSpec
+from runtime.progress import tell
+from runtime.request import CacheReport, Completion, FinishReason, Prompt, Request, StepOutput
+from runtime.retention import with_separator_ids
+from runtime.step import StepPlan, StepResult
+from runtime.tokenizer import Tokenizer
+from runtime.tuning import choose, cost, priming
+from runtime.tuning.cost import CostCurve, RunningCost
+from runtime.workers.executor import Executor, LocalExecutor, MeshExecutor, WorkerPool
+from runtime.workers.pool import ProcessPool
+
+
+@dataclass
+class EngineStats:
+    """Counters since the engine started."""
+
+    num_steps: int = 0
+    num_rows: int = 0
+    num_tokens: int = 0
+    num_requests: int = 0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("plan", "broadcast", "forward", "gather", "verify"), 0.0)
+    )
+    """Where the steps' time went, by phase."""
+
+
+class Engine:
+    """Decodes requests step by step on a mesh of workers. Not thread-safe; runtime.engine.loop makes it so."""
+
+    def __init__(self, config: Config, spec: ModelSpec, tokenizer: Tokenizer, executor: Executor) -> None:
+        self.config, self.spec, self.tokenizer = config, spec, tokenizer
+        self.stats = EngineStats()
+        self._executor = executor
+        self._scheduler = Scheduler(config, spec)
+        self.capacity = self._scheduler.capacity
+        """Tokens one slot keeps; under policy full, prompt and output together."""
+        self._aborted: set[str] = set()
+        self._ids = itertools.count()
+
+    @classmethod
+    def from_config(
+        cls, config: Config | Mapping[str, Any] | str | Path | None = None, pool: WorkerPool | None = None
+    ) -> Engine:
+        """Load the model and start the workers: in this process for a 1x1 mesh, else in those of `pool`
+        (by default, processes of this machine).
+
+        Raises ConfigError where the configuration cannot be run, WorkerError where the workers do not start.
+        """
+        if not isinstance(config, Config):
+            config = Config.from_dict(config) if isinstance(config, Mapping) else Config.load(config)
+        if choose.is_open(config):
+            assert pool is None, "a pool's workers are started once: choose before it is made"
+            config = choose.resolved(config, cls.from_config, tell)
+        directory = resolve_model(config.model.path)
+        spec = load_spec(directory)
+        spec.check_tp(config.parallel.tp)
+        spec.check_cache(config.cache)
+        tokenizer = Tokenizer(directory)
+        config = config.model_copy(update={"cache": with_separator_ids(config.cache, tokenizer)})
+        executor: Executor
+        if pool is None and config.parallel.num_workers == 1:
+            executor = LocalExecutor(config, spec)
+        else:
+            executor = MeshExecutor(config, spec, pool or ProcessPool())
+        engine = cls(config, spec, tokenizer, executor)
+        if config.lookahead.enabled and "recycle" in config.lookahead.sources:
+            top = priming.primed(executor, config, spec, tokenizer.opening(), TOP_K, tell)
+            engine.knowledge = Knowledge(Bigrams(top))
+        if config.lookahead.enabled and config.lookahead.planner:
+            engine.use_curve(cost.measured(executor, config, spec, TOP_K, tell))
+        return engine
+
+    @property
+    def knowledge(self) -> Knowledge:
+        """What lookahead has learned. Requests admitted from now on share it, but for those with `share: false`; set
+        another (`Knowledge.fresh`) to begin anew, or to keep the records of two runs apart."""
+        return self._scheduler.knowledge
+
+    @knowledge.setter
+    def knowledge(self, knowledge: Knowledge) -> None:
+        self._scheduler.knowledge = knowledge
+
+    def measure_cost(self) -> CostCurve:
+        """Measure the cost curve anew, keep it and plan by it. Nothing may be running."""
+        assert not self.has_work, "the measurement writes over a slot"
+        curve = cost.measure(self._executor, self.config, self.spec, TOP_K)
+        cost.store(self.config, self.spec, curve)
+        self.use_curve(curve)
+        return curve
+
+    def use_curve(self, curve: CostCurve) -> None:
+        """Plan by this cost of a step."""
+        self._scheduler.cost = RunningCost(curve, self.config.scheduler.max_rows)
+
+    @property
+    def cost(self) -> RunningCost:
+        """What a step costs by its rows, as the planner sees it now."""
+        return self._scheduler.cost
+
+    # Requests
+
+    def make_request(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        lookahead: LookaheadConfig | None = None,
+        request_id: str | None = None,
+        session: Session | None = None,
+    ) -> Request:
+        """Tokenise a prompt; parameters not given are the run's defaults. Raises InvalidRequestError.
+
+        With a `session`, the request is its next turn, and the prompt what the turn appends. Safe from any thread.
+        """
+        goes_on = session is not None and session.num_turns > 0
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt, add_special_tokens=not goes_on)
+        elif prompt and isinstance(prompt[0], Mapping):
+            messages: Sequence[Mapping[str, str]] = prompt  # type: ignore[assignment]
+            after = session.last_token if session is not None else None
+            ids = self.tokenizer.encode_turn(messages, after) if goes_on else self.tokenizer.encode_chat(messages)
+        else:
+            ids = list(prompt)  # type: ignore[arg-type]
+        request = Request(
+            request_id=request_id if request_id is not None else f"request-{next(self._ids)}",
+            prompt_ids=tuple(ids),
+            sampling=sampling or self.config.sampling,
+            lookahead=lookahead or self.config.lookahead,
+            session_id=session.session_id if session is not None else None,
+        )
+        self.validate(request)
+        return request
+
+    def validate(self, request: Request) -> None:
+        """Raise InvalidRequestError if this engine can never run `request`. Safe from any thread."""
+        ids = request.prompt_ids
+        if not ids:
+            raise InvalidRequestError("prompt", "", "is empty", "Send at least one token.")
+        for field_name, values in (("token_ids", ids), ("sampling.stop_token_ids", request.sampling.stop_token_ids)):
+            for token in values:
+                if not isinstance(token, int) or not 0 <= token < self.spec.vocab_size:
+                    remedy = f"Token ids are whole numbers from 0 to {self.spec.vocab_size - 1}."
+                    raise InvalidRequestError(field_name, token, "is not a token id of this model", remedy)
+        if self._scheduler.make_ledger().full_at(ids) < len(ids):
+            problem = f"the prompt's {len(ids)} tokens leave no room in a cache of {self.capacity}"
+            remedy = "Shorten it, raise cache.capacity, or set cache.policy to sink."
+            raise InvalidRequestError("prompt", f"{len(ids)} tokens", problem, remedy)
+        room = self._room_for_turn(request)
+        if room is not None and len(ids) + request.sampling.max_new_tokens > room:
+            problem = f"with the prompt's {len(ids)} tokens they exceed what eviction per turn makes room for, {room}"
+            remedy = "Lower it, shorten the prompt, enlarge the cache, or set cache.evict to token."
+            raise InvalidRequestError("sampling.max_new_tokens", request.sampling.max_new_tokens, problem, remedy)
+        rows = request.lookahead.window_rows
+        if not request.lookahead.planner and rows > self.config.scheduler.max_rows:
+            problem = f"the window takes {rows} rows, and a step holds {self.config.scheduler.max_rows}"
+            remedy = "Lower window_size or ngram_size, or raise scheduler.max_rows."
+            raise InvalidRequestError("lookahead.window_size", request.lookahead.window_size, problem, remedy)
+
+    def _room_for_turn(self, request: Request) -> int | None:
+        """Most tokens, prompt and answer, that a turn may bring where eviction is per turn."""
+        cache = self.config.cache
+        if cache.evict != "turn":
+            return None
+        always = (cache.num_sinks or 0) + (cache.num_initial or 0)
+        if cache.policy == "sep":
+            always += (cache.max_separators or 0) + (cache.local or 0)
+        return self.capacity - (always if request.session_id is not None else 0)
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request. Raises InvalidRequestError, or ResourceExhaustedError where the queue is full."""
+        self.validate(request)
+        self._scheduler.add(request)
+        self.stats.num_requests += 1
+
+    def abort(self, request_id: str) -> None:
+        """Withdraw a request: its slot is free before the next step, its last output says CANCELLED."""
+        self._aborted.add(request_id)
+
+    def open_session(self, session_id: str | None = None) -> Session:
+        """Start a conversation, which holds its cache slot from its first turn on.
+
+        Raises InvalidRequestError where the id is in use, ResourceExhaustedError where too many are open.
+        """
+        session = Session(session_id if session_id is not None else f"session-{next(self._ids)}")
+        self._scheduler.open_session(session.session_id)
+        return session
+
+    def close_session(self, session: Session) -> None:
+        """End a conversation: a running turn is withdrawn, and the slot is free before the next step."""
+        request_id = self._scheduler.close_session(session.session_id)
+        if request_id is not None:
+            self.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.num_running or self.num_waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._scheduler.waiting)
+
+    # One step
+
+    def step(self) -> list[StepOutput]:
+        """Admit, plan, execute, verify, emit. Raises WorkerError if the workers fail."""
+        started = time.perf_counter()
+        outputs = self._drop_aborted()
+        for request in self._scheduler.admit():
+            usage = self._scheduler.unread(request)
+            outputs.append(StepOutput(request.request_id, (), usage, FinishReason.LENGTH))
+        step = self._scheduler.plan()
+        if step is None:
+            return outputs
+        planned = time.perf_counter()
+        result = self._executor.execute(step.plan)
+        executed = time.perf_counter()
+        outputs += self._verify(step, result, executed)
+        ended = time.perf_counter()
+        self._account(step.plan, result.seconds, plan=planned - started, verify=ended - executed)
+        if step.is_decoding:
+            self._scheduler.cost.observe(step.plan.num_rows, ended - started)
+        return outputs
+
+    def heartbeat(self) -> None:
+        """Keep idle ranks from running into a collective's time-out; call every few seconds without work."""
+        self._executor.execute(StepPlan.empty())
+
+    def _drop_aborted(self) -> list[StepOutput]:
+        dropped = self._scheduler.drop(self._aborted) if self._aborted else []
+        self._aborted.clear()
+        return [StepOutput(request.request_id, (), usage, FinishReason.CANCELLED) for request, usage in dropped]
+
+    def _verify(self, step: Step, result: StepResult, now_s: float) -> list[StepOutput]:
+        outputs = []
+        chosen = result.tokens.tolist()
+        for part in step.parts:
+            sequence = part.sequence
+            rows = slice(part.start, part.start + len(part.rows))
+            emitted, reason = sequence.accept(chosen[rows], result.top[rows], now_s)
+            self._scheduler.commit(step, part)
+            if reason is not None:
+                self._scheduler.release(sequence.slot)
+            self.stats.num_tokens += len(emitted)
+            if emitted:
+                outputs.append(StepOutput(sequence.request.request_id, tuple(emitted), sequence.usage, reason))
+        return outputs
+
+    def _account(self, step: StepPlan, seconds: dict[str, float], **phases: float) -> None:
+        self.stats.num_steps += 1
+        self.stats.num_rows += step.num_rows
+        for phase, value in (seconds | phases).items():
+            self.stats.seconds[phase] += value
+
+    def cache_report(self) -> CacheReport:
+        """What the KV cache takes on the most loaded worker."""
+        config, spec = self.config, self.spec
+        tp = config.parallel.tp
+        shards = (HeadShard.of(spec.num_heads, spec.num_kv_heads, rank, tp) for rank in range(tp))
+        most_heads = max(shard.num_kv_heads for shard in shards)
+        bytes_per_layer = 2 * most_heads * spec.head_dim * getattr(torch, config.model.dtype).itemsize
+        kinds = [(len(group.layers) * bytes_per_layer, group.new()) for group in self._scheduler.layer_groups]
+        return CacheReport(
+            policy=" ".join(filter(None, (config.cache.policy, config.cache.design))),
+            bytes_per_token=spec.num_layers * bytes_per_layer,
+            bytes_per_sequence=sum(size * kind.max_stored + size // 2 * kind.max_turned for size, kind in kinds),
+            bytes_staged=config.scheduler.max_rows * spec.num_layers * bytes_per_layer,
+            num_slots=config.scheduler.max_sequences,
+            tokens_per_sequence=self.capacity if config.cache.policy == "full" or config.cache.full_layers else None,
+            max_stored_tokens=max(kind.max_stored for _, kind in kinds),
+        )
+
+    # The Python API
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams | None = None,
+        lookahead: LookaheadConfig | None = None,
+    ) -> list[Completion]:
+        """Continue every prompt, all in company; answers come in the order of the prompts."""
+        requests = [self.make_request(prompt, sampling, lookahead) for prompt in prompts]
+        runs: dict[str, list[StepOutput]] = {request.request_id: [] for request in requests}
+        pending = deque(requests)
+        while pending or any(not run or run[-1].finish_reason is None for run in runs.values()):
+            while pending and self.num_waiting + self.num_running < self.config.scheduler.max_sequences:
+                self.add_request(pending.popleft())
+            for output in self.step():
+                if output.request_id in runs:
+                    runs[output.request_id].append(output)
+        return [self._completion(request, runs[request.request_id]) for request in requests]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        lookahead: LookaheadConfig | None = None,
+        session: Session | None = None,
+    ) -> Iterator[StepOutput]:
+        """Continue one prompt, step by step, as the next turn of `session` if there is one.
+
+        Leaving the iterator early withdraws the request.
+        """
+        request = self.make_request(prompt, sampling, lookahead, session=session)
+        self.add_request(request)
+        finished = False
+        try:
+            while not finished:
+                for output in self.step():
+                    if output.request_id == request.request_id:
+                        finished = output.finish_reason is not None
+                        if session is not None:
+                            session.take(output)
+                        yield output
+        finally:
+            if not finished:
+                self.abort(request.request_id)
+
+    def _completion(self, request: Request, run: list[StepOutput]) -> Completion:
+        ids = tuple(token for output in run for token in output.token_ids)
+        last = run[-1]
+        assert last.finish_reason is not None
+        lengths = tuple(len(output.token_ids) for output in run if output.token_ids)
+        text = self.tokenizer.decode([token for output in run for token in output.text_ids])
+        return Completion(request.request_id, request.prompt_ids, ids, text, last.finish_reason, last.usage, lengths)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._executor.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,251 @@
+"""Which requests run, and what rows the next step holds for each of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from runtime.config import Config
+from runtime.errors import InvalidRequestError, ResourceExhaustedError
+from runtime.lookahead import core
+from runtime.lookahead.core import CandidateTree, SequenceRows
+from runtime.lookahead.knowledge import Knowledge
+from runtime.lookahead.sequence import Sequence, StepRows
+from runtime.model.spec import ModelSpec
+from runtime.request import Request, Usage
+from runtime.retention import Ledger, layer_groups
+from runtime.step import Commit, Int32, Row, Seq, StepPlan
+from runtime.tuning.cost import RunningCost, assumed
+
+TOP_K = 8
+"""Likeliest tokens that a row gives for the recycle table, as in the paper."""
+
+
+@dataclass
+class Part:
+    """One sequence's rows within a step: [start, start + len(rows))."""
+
+    sequence: Sequence
+    rows: SequenceRows
+    start: int
+
+
+@dataclass
+class Step:
+    """A plan, and whose rows it holds."""
+
+    plan: StepPlan
+    parts: list[Part]
+    is_decoding: bool
+    """No prompt is being read."""
+
+
+class Scheduler:
+    """Slots, the queue before them, and the rows of each step."""
+
+    def __init__(self, config: Config, spec: ModelSpec) -> None:
+        self.config, self.spec = config, spec
+        self.capacity = config.cache.slot_capacity(spec.max_positions)
+        self.layer_groups = layer_groups(config.cache, spec.num_layers, self.capacity)
+        self.waiting: deque[Request] = deque()
+        self.running: dict[int, Sequence] = {}
+        """By cache slot."""
+        self.sessions: dict[str, Sequence | None] = {}
+        """Open conversations; each has its sequence, and with it a slot, from its first turn on."""
+        self.knowledge = Knowledge()
+        """What lookahead learns, shared by the sequences that do not want their own."""
+        self.cost = RunningCost(assumed(config.scheduler.max_rows), config.scheduler.max_rows)
+        """What a step costs by its rows."""
+        self._admitted: list[int] = []  # slots given away since the last plan
+        self._commits: dict[int, Int32] = {}  # by slot, what the next plan commits: [C, len(Commit)]
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ResourceExhaustedError where the queue is full."""
+        limit = self.config.scheduler.max_waiting
+        if len(self.running) + len(self.waiting) >= self.config.scheduler.max_sequences + limit:
+            raise ResourceExhaustedError(
+                "scheduler.max_waiting", limit, "every slot is taken and the queue is full", "Try again later."
+            )
+        live = [*self.waiting, *(sequence.request for sequence in self.running.values())]
+        if any(other.request_id == request.request_id for other in live):
+            raise InvalidRequestError("request_id", request.request_id, "is in use", "Give each request its own id.")
+        if request.session_id is not None:
+            if request.session_id not in self.sessions:
+                raise InvalidRequestError("session_id", request.session_id, "is not open", "Open it first.")
+            if any(other.session_id == request.session_id for other in live):
+                problem = "has a turn that has not ended"
+                raise InvalidRequestError("session_id", request.session_id, problem, "Wait for it, or cancel it.")
+        self.waiting.append(request)
+
+    def open_session(self, session_id: str) -> None:
+        """Start a conversation. Raises ResourceExhaustedError where as many as may be are open."""
+        if session_id in self.sessions:
+            raise InvalidRequestError("session_id", session_id, "is in use", "Give each session its own id.")
+        limit = self.config.scheduler.session_limit
+        if len(self.sessions) >= limit:
+            problem = "as many conversations are open as may hold a slot"
+            raise ResourceExhaustedError("scheduler.max_sessions", limit, problem, "Try again later.")
+        self.sessions[session_id] = None
+
+    def close_session(self, session_id: str) -> str | None:
+        """End a conversation. Its slot is free, at once or when its turn, whose request id is returned, is dropped."""
+        sequence = self.sessions.pop(session_id)
+        if sequence is not None and sequence.slot not in self.running:
+            self._commits.pop(sequence.slot, None)
+        live = (*self.waiting, *(sequence.request for sequence in self.running.values()))
+        return next((request.request_id for request in live if request.session_id == session_id), None)
+
+    def make_ledger(self) -> Ledger:
+        """An account for a new sequence."""
+        return Ledger(self.layer_groups, self.capacity if self.config.cache.bounded else None)
+
+    def drop(self, request_ids: Collection[str]) -> list[tuple[Request, Usage]]:
+        """Forget these requests, wherever they are; returns those found, with what they used."""
+        dropped = [(r, self.unread(r)) for r in self.waiting if r.request_id in request_ids]
+        self.waiting = deque(r for r in self.waiting if r.request_id not in request_ids)
+        for slot, sequence in list(self.running.items()):
+            if sequence.request.request_id in request_ids:
+                sequence.withdraw_turn()
+                self.release(slot)
+                dropped.append((sequence.request, replace(sequence.usage, num_seen_tokens=sequence.ledger.length)))
+        return dropped
+
+    def unread(self, request: Request) -> Usage:
+        """What a request has cost that was never run."""
+        sequence = self._conversation_of(request)
+        seen = sequence.ledger.length if sequence is not None else 0
+        return Usage(num_prompt_tokens=len(request.prompt_ids), num_seen_tokens=seen)
+
+    def release(self, slot: int) -> None:
+        """The request in `slot` has ended; a conversation stays where it is."""
+        sequence = self.running.pop(slot)
+        if sequence not in self.sessions.values():
+            self._commits.pop(slot, None)
+
+    def admit(self) -> list[Request]:
+        """Give the free slots to waiting requests, first come, first served; a conversation goes on in its own.
+
+        Returns the turns for which a conversation's bounded slot has no room.
+        """
+        held = {sequence.slot for sequence in self.sessions.values() if sequence is not None} | self.running.keys()
+        free = deque(slot for slot in range(self.config.scheduler.max_sequences) if slot not in held)
+        refused: list[Request] = []
+        waiting, self.waiting = self.waiting, deque()
+        for request in waiting:
+            sequence = self._conversation_of(request)
+            if sequence is not None:
+                sequence.begin_turn(request)
+                if sequence.is_full:
+                    sequence.withdraw_turn()
+                    refused.append(request)
+                else:
+                    self.running[sequence.slot] = sequence
+            elif free:
+                slot = free.popleft()
+                sequence = self.running[slot] = Sequence(
+                    request, slot, self.make_ledger(), self.spec.eos_token_ids, self.knowledge
+                )
+                self._admitted.append(slot)
+                if request.session_id is not None:
+                    self.sessions[request.session_id] = sequence
+            else:
+                self.waiting.append(request)
+        return refused
+
+    def _conversation_of(self, request: Request) -> Sequence | None:
+        """The sequence that the request is a turn of, if that has begun."""
+        return self.sessions.get(request.session_id) if request.session_id is not None else None
+
+    def plan(self) -> Step | None:
+        """The next step: every running sequence's rows, in slot order. None if there are none.
+
+        Each sequence's first uncached token has its row before anything else; then prompts take up to
+        half the step while others decode, all of it otherwise; guesses share the rest evenly.
+        """
+        sequences = [self.running[slot] for slot in sorted(self.running)]
+        if not sequences:
+            return None
+        max_rows = self.config.scheduler.max_rows
+        prompts = sum(sequence.num_uncached > 1 for sequence in sequences)
+        limit = max_rows if prompts == len(sequences) else max(max_rows // 2, prompts)
+        prompt_rows = min(sum(s.num_uncached for s in sequences if s.num_uncached > 1), limit)
+        guess_rows = (max_rows - (len(sequences) - prompts) - prompt_rows) // len(sequences)
+        steps: list[tuple[Sequence, StepRows]] = []
+        beds: list[tuple[CandidateTree, int]] = []
+        for sequence in sequences:
+            chain = 1
+            if sequence.num_uncached > 1:
+                prompts -= 1
+                chain = min(sequence.num_uncached, prompt_rows - prompts)  # leave one row to each later prompt
+                prompt_rows -= chain
+            lookahead = sequence.request.lookahead
+            most = lookahead.row_budget or max_rows if lookahead.planner else lookahead.fixed_rows
+            room = min(guess_rows, most - 1)
+            step = sequence.plan(chain, room)
+            steps.append((sequence, step))
+            if step.tree is not None:
+                room -= len(step.rows) - step.num_chain
+                if lookahead.planner:
+                    beds.append((step.tree, room))
+                else:
+                    step.tree.fill(room)
+        num_replicas = self.config.parallel.lp
+        if beds:
+            core.grow(beds, sum(len(step.rows) for _, step in steps), self.cost.seconds)
+            if not self.cost.shares[sum(len(step.rows) for _, step in steps)]:
+                num_replicas = 1
+        parts: list[Part] = []
+        start = 0
+        for sequence, step in steps:
+            parts.append(Part(sequence, step.rows, start))
+            start += len(step.rows)
+        is_decoding = all(step.num_chain == 1 for _, step in steps)
+        return Step(self._assemble(parts, num_replicas), parts, is_decoding)
+
+    def _assemble(self, parts: list[Part], num_replicas: int) -> StepPlan:
+        rows = np.zeros((sum(len(part.rows) for part in parts), len(Row)), np.int32)
+        for part in parts:
+            block = rows[part.start : part.start + len(part.rows)]
+            block[:, : Row.SLOT] = part.rows.as_array()
+            block[:, Row.PARENT] += part.start * (block[:, Row.PARENT] >= 0)
+            block[:, Row.SLOT] = part.sequence.slot
+        rows[:, Row.OWNER], rows[:, Row.REPLICAS] = core.partition(rows[:, Row.PARENT], num_replicas)
+        commits = [self._commits[slot] for slot in sorted(self._commits)]
+        plan = StepPlan(rows, np.stack([_parameters(part.sequence) for part in parts]))
+        if commits:
+            plan.commits = np.concatenate(commits)
+        plan.resets = np.array(self._admitted, np.int32)
+        plan.top_k = TOP_K if any(part.sequence.wants_top for part in parts) else 0
+        self._admitted, self._commits = [], {}
+        return plan
+
+    def commit(self, step: Step, part: Part) -> None:
+        """Have the next plan commit what the sequence of `part` accepted.
+
+        The owner of the last accepted row has run all its ancestors, so it is the source of them all;
+        nobody copies what every replica has run.
+        """
+        accepted = [part.start + row for row in part.sequence.commit_rows]
+        everywhere = (1 << self.config.parallel.lp) - 1
+        lines = np.empty((len(accepted), len(Commit)), np.int32)
+        lines[:, Commit.ROW] = accepted
+        shared = (step.plan.rows[accepted, Row.REPLICAS] == everywhere).all()
+        lines[:, Commit.SOURCE] = -1 if shared else step.plan.rows[accepted[-1], Row.OWNER]
+        self._commits[part.sequence.slot] = lines
+
+
+def _parameters(sequence: Sequence) -> Int32:
+    """A line of StepPlan.sequences."""
+    sampling = sequence.request.sampling
+    line = np.zeros(len(Seq), np.int32)
+    line[Seq.SLOT], line[Seq.ROPE_LENGTH] = sequence.slot, sequence.rope_length
+    line[Seq.NUM_COMING] = min(sequence.num_coming, 2**31 - 1)
+    line[Seq.TEMPERATURE] = np.float32(sampling.temperature).view(np.int32)
+    line[Seq.TOP_K] = min(sampling.top_k, 2**31 - 1)
+    line[Seq.TOP_P] = np.float32(sampling.top_p).view(np.int32)
+    line[Seq.SEED_LOW] = sampling.seed & 0x7FFFFFFF
+    line[Seq.SEED_HIGH] = np.uint32(sampling.seed >> 31).view(np.int32)
+    return line

@@ -1,0 +1,154 @@
+"""Collectives of ranks on one machine's CPUs, through memory that they share.
+
+A gloo all-reduce goes through sockets and takes most of a millisecond; a tensor-parallel step has two per layer. Here
+every rank writes its part into memory that all have mapped, they meet, and each adds up all parts, in the order of
+ranks, so that all get the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import mmap
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from runtime.compiler import BuildError, shared_library
+from runtime.errors import WorkerError
+
+SOURCE = Path(__file__).with_name("meeting.cpp")
+FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off")
+
+COLLECTIVE_TIMEOUT_S = 1800.0
+"""Longest wait in a collective, loading the model included. A peer that dies is noticed at once, by its
+closed connections or its file lock; an idle coordinator sends a heartbeat well within this time."""
+
+AREA = 1 << 20
+"""Bytes of a rank's part; what is larger goes piece by piece."""
+
+HEADER = 4096
+"""Bytes where they meet: how many have arrived, and the number of the meeting."""
+
+PATIENCE_US = 100_000
+"""How long a rank waits before it looks whether the others are still alive."""
+
+
+class SharedMemory:
+    """The ranks of one group, all on this machine. Every rank makes the same calls in the same order."""
+
+    def __init__(self, file: int, rank: int, num_ranks: int) -> None:
+        """`file` is open for all ranks, `size(num_ranks)` bytes, zeros where they meet. It stays open: it holds this
+        rank's lock."""
+        self.rank, self.num_ranks = rank, num_ranks
+        self._file = file
+        self._meeting = library()
+        self._memory = mmap.mmap(file, size(num_ranks))
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._num_meetings = 0
+        fcntl.lockf(file, fcntl.LOCK_EX, 1, rank)  # ends with the process, however it ends
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place. Raises WorkerError if one has died."""
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            parts = self.all_gather(tensor)
+            return tensor.copy_(torch.stack(parts).sum(0))
+        for piece in tensor.view(-1).split(AREA // 4):
+            areas = self._exchange(piece)
+            self._meeting.meeting_sum(areas, self.num_ranks, AREA, piece.data_ptr(), piece.numel())
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor, in their order; all give one shape and dtype. Raises WorkerError if one has died."""
+        own = tensor.contiguous()
+        found = [torch.empty_like(own) for _ in range(self.num_ranks)]
+        views = [part.view(-1).view(torch.uint8) for part in found]
+        for start in range(0, own.nbytes, AREA):
+            piece = own.view(-1).view(torch.uint8)[start : start + AREA]
+            areas = self._exchange(piece)
+            for rank, view in enumerate(views):
+                ctypes.memmove(view.data_ptr() + start, areas + rank * AREA, piece.nbytes)
+        return found
+
+    def _exchange(self, piece: torch.Tensor) -> int:
+        """Meet with what each rank gives in its area; returns where the first area is.
+
+        The areas of the last meeting but one may be written over: who has come to the last one has read those.
+        """
+        areas = self._address + HEADER + self._num_meetings % 2 * self.num_ranks * AREA
+        ctypes.memmove(areas + self.rank * AREA, piece.data_ptr(), piece.nbytes)
+        self._meeting.meeting_arrive(self._address, self.num_ranks)
+        deadline = time.monotonic() + COLLECTIVE_TIMEOUT_S
+        while not self._meeting.meeting_is_over(self._address, self._num_meetings, PATIENCE_US):
+            self._check_others()
+            if time.monotonic() > deadline:
+                raise WorkerError(f"another shard of this replica has not come within {COLLECTIVE_TIMEOUT_S:.0f} s")
+        self._num_meetings += 1
+        return areas
+
+    def _check_others(self) -> None:
+        for rank in range(self.num_ranks):
+            if rank == self.rank:
+                continue
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+            except OSError:
+                continue
+            raise WorkerError(f"shard {rank} of this replica has died")
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """meeting.cpp, compiled. Raises BuildError."""
+    path = shared_library("the shared memory's meeting point", SOURCE, FLAGS)
+    try:
+        meeting = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path}, compiled, cannot be loaded ({error})") from error
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    meeting.meeting_arrive.argtypes, meeting.meeting_arrive.restype = [pointer, count], None
+    meeting.meeting_is_over.argtypes, meeting.meeting_is_over.restype = [pointer, count, count], count
+    meeting.meeting_sum.argtypes, meeting.meeting_sum.restype = [pointer, count, count, pointer, count], None
+    return meeting
+
+
+def size(num_ranks: int) -> int:
+    """Bytes of the shared memory."""
+    return HEADER + 2 * num_ranks * AREA
+
+
+def join(store: dist.Store, name: str, group: dist.ProcessGroup, rank: int, num_ranks: int) -> SharedMemory | None:
+    """Meet the group's ranks in shared memory, if they are all on this machine and can compile; on all or none.
+
+    `name` is the group's own in the store.
+    """
+    path, file = "", -1
+    if rank == 0:
+        folder = Path("/dev/shm")
+        with contextlib.suppress(OSError):
+            file, path = tempfile.mkstemp(prefix="outrider-", dir=folder if folder.is_dir() else None)
+            os.posix_fallocate(file, 0, size(num_ranks))
+            os.pwrite(file, b"\1", HEADER - 1)  # all is there; who opens another file of this name does not find it
+        store.set(name, path)
+    else:
+        with contextlib.suppress(OSError):
+            file = os.open(store.get(name).decode(), os.O_RDWR)
+    found = False
+    with contextlib.suppress(BuildError, OSError):
+        library()
+        found = os.fstat(file).st_size == size(num_ranks) and os.pread(file, 1, HEADER - 1) == b"\1"
+    agreed = torch.tensor([int(found)])
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=group)
+    memory = SharedMemory(file, rank, num_ranks) if agreed.item() else None
+    dist.barrier(group=group)  # nobody looks for a dead one before all are there
+    if path:
+        os.unlink(path)
+    if memory is None and file >= 0:
+        os.close(file)
+    return memory

@@ -1,0 +1,139 @@
+"""How the engine reaches its workers: in this process, or over the control group. One call per step."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from runtime.config import Config
+from runtime.errors import WorkerError
+from runtime.mesh import mesh
+from runtime.mesh.device import pick_device
+from runtime.model.spec import ModelSpec
+from runtime.step import Row, StepPlan, StepResult, WireLayout
+from runtime.workers.worker import RESULT_HEADER, Worker, alive_key, result_words, wire_layout
+
+
+class Executor(Protocol):
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step on every replica. Raises WorkerError if that fails."""
+
+    def close(self) -> None:
+        """End the workers. Idempotent."""
+
+
+class WorkerPool(Protocol):
+    """How worker ranks get started: local processes (runtime.workers.pool) or Ray actors (cluster.actors.pool)."""
+
+    host: str
+    """An address of this machine that the workers can reach."""
+
+    def start(self, config: Config, spec: ModelSpec, host: str, port: int) -> None:
+        """Start all lp*tp ranks; rank i (from 1) runs worker.serve(config, spec, i, host, port). Does not wait."""
+
+    def failure(self) -> str | None:
+        """Why a worker has ended, if one did."""
+
+    def close(self) -> None:
+        """End what is still alive. Idempotent."""
+
+
+class LocalExecutor:
+    """The only rank of a 1x1 mesh, in this process."""
+
+    def __init__(self, config: Config, spec: ModelSpec) -> None:
+        if config.parallel.threads is not None:
+            torch.set_num_threads(config.parallel.threads)
+        self._worker = Worker(config, spec, mesh.Mesh(device=pick_device(config, 0)))
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        started = time.perf_counter()
+        chosen = self._worker.step(plan)
+        seconds = {"broadcast": 0.0, "forward": time.perf_counter() - started, "gather": 0.0}
+        return StepResult(chosen[:, 0], chosen[:, 1:], seconds)
+
+    def close(self) -> None:
+        pass
+
+
+class MeshExecutor:
+    """The coordinator's end of the control group: a step is one broadcast and one gather."""
+
+    def __init__(self, config: Config, spec: ModelSpec, pool: WorkerPool) -> None:
+        self._config, self._pool = config, pool
+        self._layout: WireLayout = wire_layout(config)
+        self._plan = torch.zeros(self._layout.length, dtype=torch.int32)
+        self._closed = False
+        try:
+            self._control = self._form_mesh(spec)
+            self.execute(StepPlan.empty())  # the first step returns when every shard is loaded
+        except BaseException:
+            self.close()
+            raise
+
+    def _form_mesh(self, spec: ModelSpec) -> mesh.ControlGroup:
+        """Start the workers, wait until each has reached the store, then build the groups."""
+        timeout = timedelta(seconds=mesh.COLLECTIVE_TIMEOUT_S)
+        parallel = self._config.parallel
+        store = dist.TCPStore(self._pool.host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        self._pool.start(self._config, spec, self._pool.host, store.port)
+        waiting = [alive_key(rank) for rank in range(1, 1 + parallel.num_workers)]
+        deadline = time.monotonic() + mesh.COLLECTIVE_TIMEOUT_S
+        while waiting:
+            if failure := self._pool.failure():
+                raise WorkerError(f"a worker ended while it was starting: {failure}")
+            if time.monotonic() > deadline:
+                raise WorkerError(f"{len(waiting)} of {parallel.num_workers} workers did not start in time")
+            waiting = [key for key in waiting if not store.check([key])]
+            time.sleep(0.02)
+        control, _ = mesh.join(0, parallel.lp, parallel.tp, torch.device("cpu"), store)
+        return control
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        started = time.perf_counter()
+        self._layout.encode(plan, self._plan.numpy())
+        words = result_words(plan, self._config.parallel.lp)
+        results = [torch.zeros(words, dtype=torch.int32) for _ in range(1 + self._config.parallel.lp)]
+        try:
+            dist.broadcast(self._plan, src=0, group=self._control.plan_group)
+            sent = time.perf_counter()
+            if plan.stop:
+                return StepResult(np.empty(0, np.int32), np.empty((0, 0), np.int32), {})
+            dist.gather(results[0], results, dst=0, group=self._control.result_group)
+        except RuntimeError as error:
+            raise WorkerError(f"a step failed: {self._pool.failure() or error}") from error
+        received = time.perf_counter()
+        forward = max(int(result[0]) for result in results[1:]) * 1e-6
+        seconds = {"broadcast": sent - started, "forward": forward, "gather": max(received - sent - forward, 0.0)}
+        chosen = _merged(plan, [result.numpy()[RESULT_HEADER:] for result in results[1:]])
+        return StepResult(chosen[:, 0], chosen[:, 1:], seconds)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if dist.is_initialized():
+                self.execute(StepPlan.empty(stop=True))
+        except WorkerError:
+            pass  # they are gone already
+        finally:
+            self._pool.close()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _merged(plan: StepPlan, results: list[np.ndarray]) -> np.ndarray:
+    """What the owner of each row found for it, from every replica's result. [T, 1 + top_k]"""
+    chosen = np.zeros((plan.num_rows, 1 + plan.top_k), np.int32)
+    owner = plan.rows[:, Row.OWNER]
+    for replica, result in enumerate(results):
+        local = plan.local_rows(replica)
+        own = owner[local] == replica
+        chosen[local[own]] = result[: len(local) * chosen.shape[1]].reshape(-1, chosen.shape[1])[own]
+    return chosen

@@ -1,0 +1,60 @@
+"""A server in a thread of the test's process, so that the test can look at both ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cluster.serving.server import GenerationServer, GenerationService
+
+
+class ServerThread:
+    """A running GenerationServer; `address` is where."""
+
+    def __init__(self, engine: Any) -> None:
+        self._events = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._events.run_forever, name="test-server")
+        self._thread.start()
+        self._server = GenerationServer(engine, engine.config)
+        self._stopped = False
+        try:
+            self.address: str = self.run(self._server.start())
+        except BaseException:
+            self._end_thread()
+            raise
+
+    @property
+    def service(self) -> GenerationService:
+        return self._server._service
+
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._events).result(timeout=60)
+
+    def drain(self, grace_s: float) -> None:
+        self.run(self._server.drain(grace_s))
+
+    def stop(self) -> None:
+        if not self._stopped:
+            self._stopped = True
+            self.run(self._server.stop())
+
+    def close(self) -> None:
+        self.stop()
+        self._end_thread()
+
+    def _end_thread(self) -> None:
+        self._events.call_soon_threadsafe(self._events.stop)
+        self._thread.join(30)
+        self._events.close()
+
+
+@contextmanager
+def serving(engine: Any) -> Iterator[ServerThread]:
+    server = ServerThread(engine)
+    try:
+        yield server
+    finally:
+        server.close()

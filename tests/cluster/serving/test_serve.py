@@ -1,0 +1,69 @@
+"""`serve` as a process: it announces its address, drains on a signal, and ends at once on the second."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.client.client import Client
+from cluster.wire.statuses import CallError
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(90)]
+
+PROGRAM = """
+import asyncio, sys
+from cluster.serving.server import serve
+from runtime.config import Config
+from tests.cluster.serving.scripted_engine import ScriptedEngine
+
+config = Config.load(None, ["server.port=0"])
+engine = ScriptedEngine(config, step_s=0.02)
+asyncio.run(serve(engine, config, announce=lambda address: print(address, flush=True), grace_s=60))
+print("closed", flush=True)
+"""
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[str]]:
+    root = Path(__file__).parents[3]
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=root, stdout=subprocess.PIPE, text=True)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def address_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_the_server(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    with Client(address_of(process)) as client:
+        client.wait_ready(20)
+        stream = client.generate("A", sampling={"max_new_tokens": 40})
+        first = next(stream)
+        process.send_signal(number)
+        rest = list(stream)
+        assert sum(len(chunk.token_ids) for chunk in (first, *rest)) == 40
+    assert process.communicate(timeout=30)[0] == "closed\n"
+    assert process.returncode == 0
+
+
+def test_a_second_signal_ends_the_draining(process: subprocess.Popen[str]) -> None:
+    with Client(address_of(process)) as client:
+        stream = client.generate("A", sampling={"max_new_tokens": 10**6})
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        while client.is_serving():
+            next(stream)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(CallError, match="UNAVAILABLE.*shut down"):
+            list(stream)
+    assert process.communicate(timeout=30)[0] == "closed\n"
+    assert process.returncode == 0

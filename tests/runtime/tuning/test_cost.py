@@ -1,0 +1,175 @@
+"""The step cost curve: measured, kept, corrected; and the settings chosen by it."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cluster.cli import planning
+from runtime import Config, Engine, LookaheadConfig, SamplingParams
+from runtime.errors import ConfigError
+from runtime.model.loader import load_spec
+from runtime.tuning import choose, cost
+from runtime.tuning.cost import CostCurve, RunningCost
+
+PLAIN = LookaheadConfig(enabled=False)
+
+
+def config_of(tiny_model, **sections) -> Config:
+    return Config.from_dict(
+        {"model": {"path": str(tiny_model)}, "scheduler": {"max_sequences": 2, "max_rows": 64}} | sections
+    )
+
+
+def test_a_curve_is_interpolated_never_falls_and_goes_on_beyond_its_end():
+    table = CostCurve((1, 2, 4, 8), (1.0, 0.8, 2.0, 4.0)).table(10)
+    assert table[1:5].tolist() == pytest.approx([0.8, 0.8, 1.4, 2.0])  # 1 row measured as dearer than 2: a hiccup
+    assert table[[8, 9, 10]].tolist() == [4.0, 4.5, 5.0]
+    assert (np.diff(table) >= 0).all()
+
+
+def test_a_running_curve_follows_what_steps_take_and_shrugs_at_a_hiccup():
+    running = RunningCost(CostCurve((1, 16, 64), (1.0, 2.0, 4.0)), 64)
+    running.observe(16, 1000.0)
+    running.now()
+    for _ in range(7):
+        running.observe(16, 2.0)
+    assert running.seconds[16] < 2.2
+    for _ in range(400):
+        running.observe(64, 12.0)
+    assert running.seconds[64] == pytest.approx(12.0, rel=0.05)
+    assert 1.0 < running.seconds[1] < 4.0  # somewhat slower too: the machine may be
+
+
+def test_the_curve_is_measured_once_kept_and_leaves_no_trace_in_the_cache(tiny_model, capsys):
+    prompt, sampling = [3, 1, 4, 1, 5, 9, 2, 6], SamplingParams(max_new_tokens=24)
+    config = config_of(tiny_model, scheduler={"max_sequences": 1, "max_rows": 48})
+    with Engine.from_config(config.merged({"lookahead": PLAIN})) as engine:
+        expected = engine.generate([prompt], sampling)[0].token_ids
+    assert "measuring" not in capsys.readouterr().err
+    with Engine.from_config(config) as engine:
+        assert "measuring" in capsys.readouterr().err
+        curve = engine.cost.curve
+        assert curve.rows[0] == 1 and curve.rows[-1] <= 48 and min(curve.seconds) > 0
+        assert engine.generate([prompt], sampling)[0].token_ids == expected
+        assert engine.stats.num_steps > 0
+    with Engine.from_config(config) as engine:
+        assert engine.cost.curve == curve
+        assert "measuring" not in capsys.readouterr().err
+        again = engine.measure_cost()
+        assert again.measured_at and cost.stored(engine.config, engine.spec) == again
+        assert engine.generate([prompt], sampling)[0].token_ids == expected
+
+
+def test_a_curve_that_cannot_be_read_is_measured_again(tiny_model):
+    config = config_of(tiny_model, scheduler={"max_sequences": 1, "max_rows": 40})
+    spec = load_spec(tiny_model)
+    cost.store(config, spec, CostCurve((1, 2), (1.0, 2.0)))
+    place = next(path for path in cost.cost_folder().iterdir() if json.loads(path.read_text())["seconds"] == [1.0, 2.0])
+    assert cost.stored(config, spec) is not None
+    place.write_text("{")
+    assert cost.stored(config, spec) is None
+
+
+def test_every_split_of_the_workers_is_a_candidate_and_types_are_if_open(tiny_model):
+    spec = load_spec(tiny_model)
+
+    def names(**sections):
+        fixed = choose.candidates(config_of(tiny_model, **sections), spec)
+        return [(c.parallel.lp, c.parallel.tp, c.model.dtype) for c in fixed]
+
+    assert names(parallel={"split": "auto", "workers": 6}) == [
+        (6, 1, "float32"), (3, 2, "float32"), (2, 3, "float32"), (1, 6, "float32")
+    ]  # fmt: skip
+    assert (1, 16, "float32") not in names(parallel={"split": "auto", "workers": 16})  # 9 query heads
+    with pytest.raises(ConfigError, match="parallel.workers"):
+        names(parallel={"split": "auto", "workers": 251})
+    open_type = {"path": str(tiny_model), "dtype": "auto", "device": "cpu"}
+    assert names(model=open_type) == [(1, 1, "bfloat16"), (1, 1, "float32")]
+    assert names() == [(1, 1, "float32")]
+
+
+def opener(curves: dict[tuple[int, int], CostCurve], opened: list):
+    """Engines that would have measured these curves, by (lp, tp)."""
+
+    @contextmanager
+    def open_engine(config):
+        split = config.parallel.lp, config.parallel.tp
+        opened.append(split)
+        if split not in curves:
+            raise ConfigError("parallel.tp", split[1], "has no room", "Give it some.")
+        cost.store(config, load_spec(Path(config.model.path)), curves[split])
+        yield SimpleNamespace(cost=SimpleNamespace(curve=curves[split]), measure_cost=lambda: curves[split])
+
+    return open_engine
+
+
+def test_the_fastest_split_is_taken_and_measured_once(tiny_model, capsys):
+    """Two replicas that share cheap rows beat two ranks whose single step is faster."""
+    config = config_of(
+        tiny_model, parallel={"split": "auto", "workers": 2}, scheduler={"max_rows": 33, "max_sequences": 2}
+    )
+    curves = {
+        (2, 1): CostCurve((1, 32), (1.0, 1.1)),
+        (1, 2): CostCurve((1, 32), (0.7, 3.0)),
+    }
+    opened: list = []
+    fixed = choose.resolved(config, opener(curves, opened), lambda text: None)
+    assert (fixed.parallel.lp, fixed.parallel.tp, fixed.parallel.split) == (2, 1, "fixed")
+    assert sorted(opened) == [(1, 2), (2, 1)]
+    choices = choose.ranked(config, opener(curves, opened), lambda text: None)
+    assert len(opened) == 2 and choices[0].rows > 8 > choices[1].rows
+    choose.ranked(config, opener(curves, opened), lambda text: None, remeasure=True)
+    assert len(opened) == 4
+
+
+def test_a_split_that_cannot_run_is_passed_over(tiny_model):
+    config = config_of(
+        tiny_model, parallel={"split": "auto", "workers": 2}, scheduler={"max_rows": 34, "max_sequences": 2}
+    )
+    opened: list = []
+    curves = {(2, 1): CostCurve((1, 32), (1.0, 1.1))}
+    assert choose.resolved(config, opener(curves, opened), lambda text: None).parallel.lp == 2
+    with pytest.raises(ConfigError, match="no room"):
+        choose.resolved(
+            config.merged({"scheduler": {"max_rows": 35, "max_sequences": 2}}), opener({}, []), lambda text: None
+        )
+
+
+def test_plan_shows_the_curve_the_choice_and_its_reason(tiny_model, capsys, monkeypatch):
+    curves = {(2, 1): CostCurve((1, 32), (0.010, 0.011), "today"), (1, 2): CostCurve((1, 32), (0.007, 0.03), "today")}
+    monkeypatch.setattr(planning, "open_engine", opener(curves, []))
+    config = config_of(
+        tiny_model, parallel={"split": "auto", "workers": 2}, scheduler={"max_rows": 36, "max_sequences": 2}
+    )
+    planning.show(config, remeasure=False, as_json=False)
+    out = capsys.readouterr().out
+    assert "lp=2 tp=1 float32" in out and "lp=1 tp=2" in out and "10.00" in out and "planner decides" in out
+    planning.show(config, remeasure=False, as_json=True)
+    record = json.loads(capsys.readouterr().out)
+    assert record["chosen"] == "lp=2 tp=1 float32" and record["choices"][1]["curve"]["rows"] == [1, 32]
+    assert record["choices"][0]["plain_tokens_per_s"] == pytest.approx(100)
+
+
+def test_a_step_is_divided_among_replicas_only_where_that_is_faster():
+    curve = CostCurve((1, 8, 64), (2.0, 2.2, 4.0), alone=(1.0, 1.5, 8.0))
+    assert curve.table(64)[[1, 8, 64]].tolist() == [1.0, 1.5, 4.0]
+    assert curve.shares(64)[[1, 8, 64]].tolist() == [False, False, True]
+    running = RunningCost(curve, 64)
+    for _ in range(200):
+        running.observe(8, 3.0)
+    assert running.seconds[8] == pytest.approx(3.0, rel=0.1)
+    assert running.now().alone[1] / running.now().seconds[1] == pytest.approx(1.5 / 2.2)
+
+
+def test_a_curve_whose_shape_has_changed_is_measured_again():
+    curve = CostCurve((1, 16, 64), (1.0, 1.2, 3.0))
+    assert not cost._has_drifted(curve, CostCurve((1, 16), (2.0, 2.4)))  # slower as a whole changes no choice
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "TOLERATED", 1.4)
+        assert cost._has_drifted(curve, CostCurve((1, 16), (1.0, 2.0)))
