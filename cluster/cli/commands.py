@@ -69,6 +69,9 @@ def generate(
     lookahead: LookaheadOption = None,
     color: ColorOption = None,
     as_json: JsonOption = False,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw the answer, its accepted tokens marked.")
+    ] = None,
     *,
     sampling: dict[str, Any],
 ) -> None:
@@ -76,16 +79,18 @@ def generate(
 
     In colour: the tokens that a step accepted beside the one that every step gives.
     """
-    from cluster.cli import batch, terminal
+    from cluster.cli import batch, pictures, terminal
 
+    if picture is not None:
+        pictures.check(picture, address)
     text = sys.stdin.read() if prompt == "-" else prompt
     message: Prompt = [{"role": "user", "content": text}] if chat else text
     backend, defaults = _backend(address, config, set_ or (), lookahead)
     with closing(backend):
         chunks = []
         stream = None
+        tokenizer = getattr(getattr(backend, "engine", None), "tokenizer", None)
         if not as_json:
-            tokenizer = getattr(getattr(backend, "engine", None), "tokenizer", None)
             stream = terminal.TextStream(sys.stdout, terminal.wants_color(sys.stdout, color), tokenizer)
         for chunk in backend.stream(message, defaults["sampling"] | sampling, defaults["lookahead"]):
             chunks.append(chunk)
@@ -93,6 +98,9 @@ def generate(
                 stream.write(chunk)
         usage = chunks[-1].usage
         assert usage is not None
+        if picture is not None:
+            assert tokenizer is not None
+            pictures.save(picture, text, chunks, tokenizer)
         if as_json:
             print(json.dumps(batch.answer(chunks), ensure_ascii=False))
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from cluster.wire.answers import Chunk
@@ -20,34 +21,43 @@ def wants_color(file: TextIO, choice: bool | None = None) -> bool:
     return choice if choice is not None else file.isatty() and not os.environ.get("NO_COLOR")
 
 
-class TextStream:
-    """Writes an answer as it comes. With colour, the tokens that a step accepted stand out from the one it chose.
+class StepText:
+    """An answer's chunks, split into the text of accepted candidates and that of the tokens which steps give anyway.
 
-    Without a tokenizer a step's text cannot be split, and all text of a step that accepted some stands out.
+    Without a tokenizer a step's text cannot be split, and all text of a step that accepted some counts as accepted.
     """
 
-    def __init__(self, file: TextIO, color: bool, tokenizer: Tokenizer | None = None) -> None:
-        self._file, self._color = file, color
+    def __init__(self, tokenizer: Tokenizer | None = None) -> None:
         self._detokenizer = None
-        if color and tokenizer is not None:
+        if tokenizer is not None:
             from runtime.tokenizer import Detokenizer
 
             self._detokenizer = Detokenizer(tokenizer)
 
+    def split(self, chunk: Chunk) -> Iterator[tuple[str, bool]]:
+        """The chunk's texts in order, each with whether it was accepted."""
+        if self._detokenizer is None:
+            yield chunk.text, chunk.num_accepted > 0
+            return
+        own = len(chunk.token_ids) - (chunk.finish_reason is FinishReason.STOP)  # a stop token is no text
+        yield self._detokenizer.push(chunk.token_ids[: chunk.num_accepted]), True
+        yield self._detokenizer.push(chunk.token_ids[chunk.num_accepted : own]), False
+        if chunk.finish_reason is not None:
+            yield self._detokenizer.flush(), False
+
+
+class TextStream:
+    """Writes an answer as it comes. With colour, the tokens that a step accepted stand out from the one it chose."""
+
+    def __init__(self, file: TextIO, color: bool, tokenizer: Tokenizer | None = None) -> None:
+        self._file, self._color = file, color
+        self._texts = StepText(tokenizer if color else None)
+
     def write(self, chunk: Chunk) -> None:
         """Write one chunk of the answer."""
-        if self._detokenizer is None:
-            self._put(chunk.text, accepted=chunk.num_accepted > 0)
-        else:
-            own = len(chunk.token_ids) - (chunk.finish_reason is FinishReason.STOP)  # a stop token is no text
-            self._put(self._detokenizer.push(chunk.token_ids[: chunk.num_accepted]), accepted=True)
-            self._put(self._detokenizer.push(chunk.token_ids[chunk.num_accepted : own]), accepted=False)
-            if chunk.finish_reason is not None:
-                self._put(self._detokenizer.flush(), accepted=False)
+        for text, accepted in self._texts.split(chunk):
+            self._file.write(f"{ACCEPTED}{text}{RESET}" if text and accepted and self._color else text)
         self._file.flush()
-
-    def _put(self, text: str, accepted: bool) -> None:
-        self._file.write(f"{ACCEPTED}{text}{RESET}" if text and accepted and self._color else text)
 
 
 def tokens_per_second(usage: Usage) -> float:
