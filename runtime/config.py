@@ -34,8 +34,8 @@ class ModelConfig(Section):
     path: str | None = None
     """Directory, GGUF file or hub id; null is the embedded SmolLM2-135M-Instruct."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Compute and cache type; auto is the faster of float32 and bfloat16, by measurement. Promise 1 (lossless) is
-    counted in float32, and holds to the last bit in every type where `deterministic` can be had."""
+    """Type to compute in and to cache; auto is the faster of float32 and bfloat16, by measurement. With lookahead on or
+    off the tokens are the same to the last bit in every type where `deterministic` can be had."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes cuda where torch finds one."""
     kernels: Literal["auto", "native", "torch"] = "auto"
@@ -188,7 +188,7 @@ class CacheConfig(Section):
             return given
         policy = given.get("policy", "full")
         design = (given.get("design") or "fundamental") if policy == "sep" else None
-        defaults = next((settings for kind, settings in _CACHE_DEFAULTS.items() if kind == (policy, design)), None)
+        defaults = next((settings for kind, settings in CACHE_DEFAULTS.items() if kind == (policy, design)), None)
         if defaults is None:
             return given  # not a policy or design: the field's own check says so
         separators = given.get("separators")
@@ -201,7 +201,7 @@ class CacheConfig(Section):
                 )
         for key, value in given.items():
             if key in cls.model_fields and key != "policy" and key not in defaults and value is not None:
-                owners = [" ".join(filter(None, kind)) for kind, settings in _CACHE_DEFAULTS.items() if key in settings]
+                owners = [" ".join(filter(None, kind)) for kind, settings in CACHE_DEFAULTS.items() if key in settings]
                 kind = " ".join(filter(None, (policy, design)))
                 raise ValueError(f"{key}: means nothing to {kind}; leave it out, or choose {' or '.join(owners)}")
         return {**defaults, **{key: value for key, value in given.items() if value is not None}}
@@ -244,7 +244,7 @@ class CacheConfig(Section):
 
 
 _SEP_DEFAULTS: dict[str, Any] = {"num_initial": 4, "separators": "paper", "merged_separators": False}
-_CACHE_DEFAULTS: dict[tuple[str, str | None], dict[str, Any]] = {
+CACHE_DEFAULTS: dict[tuple[str, str | None], dict[str, Any]] = {
     ("full", None): {"capacity": None},
     ("sink", None): {"num_sinks": 4, "window": 1020, "positions": "slot", "evict": "token"},
     ("sep", "fundamental"): _SEP_DEFAULTS
@@ -289,6 +289,7 @@ class SamplingParams(Section):
     """How one request's tokens are chosen and when it ends."""
 
     max_new_tokens: int = Field(default=128, ge=1)
+    """Most tokens to generate."""
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
     """0 is greedy."""
     top_k: int = Field(default=0, ge=0)
@@ -306,6 +307,7 @@ class SamplingParams(Section):
 
 class ServerConfig(Section):
     host: str = "127.0.0.1"
+    """Address to listen on. 0.0.0.0 takes calls from other machines: there is neither TLS nor authentication."""
     port: int = Field(default=50051, ge=0, le=65535)
     """0 lets the system choose; the chosen port is printed."""
     session_idle_timeout_s: float = Field(default=600.0, gt=0)

@@ -54,7 +54,7 @@ def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
         assert kind in (int, float, bool) or not isinstance(kind, UnionType)
         # Shown only: the value comes from the config, or from the server.
         shown = str(field.default) if field.default != () else "none"
-        option = typer.Option(help=field.description or "Most tokens to generate.", show_default=shown)
+        option = typer.Option(help=field.description, show_default=shown)
         options.append(
             inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]

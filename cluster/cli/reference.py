@@ -1,0 +1,131 @@
+"""The reference of all settings, written from the config tree itself: `python -m cluster.cli.reference`.
+
+`make docs` writes docs/configuration.md with it, and a test fails where the page and the tree differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from runtime.config import CACHE_DEFAULTS, Config, Section
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+
+INTRODUCTION = """\
+# Settings
+
+<!-- Written by `make docs` from runtime/config.py. Change it there. -->
+
+There is one tree of settings. A YAML file gives them by section, as the files in [`configs/`](../configs) do; `--set`
+gives one key, and comes after the file; from Python, `Engine.from_config` takes a mapping, a file's path or a `Config`.
+
+```
+outrider serve --config configs/local-sink.yaml --set server.port=50052 --set parallel.lp=2
+```
+
+A value after `--set` is read as YAML: `null`, `true`, `[suffix, recycle]`. An unknown key, or a value that cannot be, is
+an error that names it. The keys of `lookahead` and `sampling` are defaults: a request may bring its own values. Values
+that belong together are checked together.
+"""
+
+ENVIRONMENT = """\
+## Environment
+
+| variable | meaning |
+|---|---|
+| `OUTRIDER_CACHE` | Where what is made once is kept; else `outrider/` in `XDG_CACHE_HOME`, or in `~/.cache`. |
+| `CXX` | The C++ compiler; else the first of `g++`, `clang++` and `c++` that is there. |
+| `RAY_ADDRESS`, `RAY_AUTH_MODE` | As Ray documents them. `ray.address` comes first. |
+| `GLOO_SOCKET_IFNAME` | The network interface that workers talk over; else the one of the node's address. |
+| `ONEDNN_PRIMITIVE_CACHE_CAPACITY` | Kernels that oneDNN keeps (512 here, 1,024 by its own default). |
+| `NO_COLOR` | Set to anything: no colour at the terminal. |
+"""
+
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+_NAMES: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}
+_PLURALS: dict[Any, str] = {str: "texts", int: "whole numbers"}
+
+
+def page() -> str:
+    """docs/configuration.md."""
+    sections = [_section(name, field.annotation) for name, field in Config.model_fields.items()]
+    return "\n".join([INTRODUCTION, *sections, ENVIRONMENT])
+
+
+def _section(name: str, kind: Any) -> str:
+    assert issubclass(kind, Section)
+    note = " ".join((kind.__doc__ or "").split()) if kind.__doc__ != Section.__doc__ else ""
+    rows = [
+        f"| `{name}.{key}` | {_type(field)} | {_default(kind, key, field)} | {_meaning(field)} |"
+        for key, field in kind.model_fields.items()
+    ]
+    head = [
+        f"## {name}",
+        "",
+        *([note, ""] if note else []),
+        "| key | values | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join([*head, *rows, ""])
+
+
+def _type(field: FieldInfo) -> str:
+    bounds = {name: value for each in field.metadata for name, value in dataclasses.asdict(each).items()}
+    limits = [f"{words} {_number(bounds[name])}" for name, words in _BOUNDS.items() if name in bounds]
+    return ", ".join([_type_name(field.annotation), *([" and ".join(limits)] if limits else [])])
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        parts = [_type_name(each) for each in arguments if each is not NoneType]
+        return " or ".join([*parts, "`null`"] if NoneType in arguments else parts)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin is tuple:
+        return f"list of {_PLURALS.get(arguments[0]) or _type_name(arguments[0])}"
+    return _NAMES[annotation]
+
+
+def _number(value: float) -> str:
+    return "2^63" if value == 2**63 else f"{value:g}"
+
+
+def _default(kind: type[Section], key: str, field: FieldInfo) -> str:
+    """The value, or for a setting of some cache policies the value of each."""
+    values = [(policy, settings[key]) for policy, settings in CACHE_DEFAULTS.items() if key in settings]
+    if kind.__name__ != "CacheConfig" or not values:
+        return _value(field.default)
+    if len({_value(value) for _, value in values}) == 1:
+        return _value(values[0][1])
+    if key == "design":
+        return _value(values[0][1])
+    return ", ".join(f"{' '.join(filter(None, policy))}: {_value(value)}" for policy, value in values)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"`[{', '.join(str(each) for each in value)}]`"
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
+
+
+def _meaning(field: FieldInfo) -> str:
+    return " ".join((field.description or "").split()).replace("|", "\\|")
+
+
+def main() -> None:
+    """Write the page; with --check, only say (by the exit code) whether it is what it should be."""
+    if "--check" in sys.argv[1:]:
+        sys.exit(PAGE.read_text() != page())
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
