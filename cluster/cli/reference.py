@@ -30,7 +30,7 @@ gives one key, and comes after the file; from Python, `Engine.from_config` takes
 outrider serve --config configs/local-sink.yaml --set server.port=50052 --set parallel.lp=2
 ```
 
-A value after `--set` is read as YAML: `null`, `true`, `[suffix, recycle]`. An unknown key, or a value that cannot be, is
+A value after `--set` is read as YAML: `null`, `true`, `[suffix, recycle]`. An unknown key or value is
 an error that names it. The keys of `lookahead` and `sampling` are defaults: a request may bring its own values. Values
 that belong together are checked together.
 """
