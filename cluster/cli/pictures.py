@@ -207,4 +207,7 @@ def _lines(cells: Sequence[_Cell]) -> list[list[_Cell]]:
         if not cell.char.isspace():
             lines.append(line[at:])
             del line[at:]
+    for line in lines:
+        while line and line[-1].char.isspace():
+            line.pop()
     return lines

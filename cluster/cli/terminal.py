@@ -39,11 +39,14 @@ class StepText:
         if self._detokenizer is None:
             yield chunk.text, chunk.num_accepted > 0
             return
-        own = len(chunk.token_ids) - (chunk.finish_reason is FinishReason.STOP)  # a stop token is no text
-        yield self._detokenizer.push(chunk.token_ids[: chunk.num_accepted]), True
-        yield self._detokenizer.push(chunk.token_ids[chunk.num_accepted : own]), False
+        stop = len(chunk.token_ids) - (chunk.finish_reason is FinishReason.STOP)  # a stop token is no text
+        self._detokenizer.push(chunk.token_ids[: chunk.num_accepted])
+        own = self._detokenizer.push(chunk.token_ids[chunk.num_accepted : stop])
         if chunk.finish_reason is not None:
-            yield self._detokenizer.flush(), False
+            own += self._detokenizer.flush()
+        middle = max(len(chunk.text) - len(own), 0)
+        yield chunk.text[:middle], True
+        yield chunk.text[middle:], False
 
 
 class TextStream:
