@@ -174,7 +174,7 @@ class Scheduler:
         prompt_rows = min(sum(s.num_uncached for s in sequences if s.num_uncached > 1), limit)
         guess_rows = (max_rows - (len(sequences) - prompts) - prompt_rows) // len(sequences)
         steps: list[tuple[Sequence, StepRows]] = []
-        beds: list[tuple[CandidateTree, int]] = []
+        trees: list[tuple[CandidateTree, int]] = []
         for sequence in sequences:
             chain = 1
             if sequence.num_uncached > 1:
@@ -189,12 +189,12 @@ class Scheduler:
             if step.tree is not None:
                 room -= len(step.rows) - step.num_chain
                 if lookahead.planner:
-                    beds.append((step.tree, room))
+                    trees.append((step.tree, room))
                 else:
                     step.tree.fill(room)
         num_replicas = self.config.parallel.lp
-        if beds:
-            core.grow(beds, sum(len(step.rows) for _, step in steps), self.cost.seconds)
+        if trees:
+            core.grow(trees, sum(len(step.rows) for _, step in steps), self.cost.seconds)
             if not self.cost.shares[sum(len(step.rows) for _, step in steps)]:
                 num_replicas = 1
         parts: list[Part] = []
