@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import IO
 
 import psutil
 from rich.console import Console
@@ -21,6 +22,7 @@ from cluster.cli import terminal
 from cluster.client.client import Client
 from cluster.wire.answers import Chunk
 from runtime.errors import OutriderError
+from runtime.progress import doing, tell
 from runtime.request import Usage
 from runtime.tokenizer import Tokenizer
 
@@ -65,28 +67,19 @@ def main() -> int:
 @contextmanager
 def _server() -> Iterator[tuple[psutil.Process, str]]:
     """`outrider serve` as a process of its own: (process, address). Ends it with SIGTERM."""
-    started = time.perf_counter()
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with subprocess.Popen(SERVE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         log: list[str] = []
-        for pipe, take in ((process.stdout, lines.put), (process.stderr, log.append)):
-            threading.Thread(target=lambda pipe=pipe, take=take: [take(line) for line in pipe], daemon=True).start()
+        threading.Thread(target=_pass_on, args=(process.stdout, lines), daemon=True).start()
+        threading.Thread(target=_listen, args=(process.stderr, log), daemon=True).start()
         server = psutil.Process(process.pid)
         try:
-            with err.status("starting Ray and two workers ...") as status:
-                while True:
-                    elapsed = time.perf_counter() - started
-                    status.update(f"starting Ray and two workers ... {elapsed:.0f} s")
-                    try:
-                        line = lines.get(timeout=0.5) or ""
-                    except queue.Empty:
-                        line = ""
-                    if line.startswith("serving on "):
-                        break
-                    if process.poll() is not None or elapsed > START_TIMEOUT_S:
-                        problem = "ended" if process.poll() is not None else "did not start"
-                        raise RuntimeError(f"the server {problem} after {elapsed:.0f} s:\n{''.join(log[-20:])}")
+            with doing("starting Ray and two workers, and loading the model"):
+                line = _first_word(lines)
+            if not line.startswith("serving on "):
+                problem = "did not start" if process.poll() is None else f"ended with exit code {process.poll()}"
+                raise RuntimeError(f"the server {problem}:\n{''.join(log[-20:])}")
             yield server, line.removeprefix("serving on ").strip()
         finally:
             family = [server, *server.children(recursive=True)] if process.poll() is None else []
@@ -95,6 +88,28 @@ def _server() -> Iterator[tuple[psutil.Process, str]]:
                 process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 processes.end(family, 0)
+
+
+def _first_word(lines: queue.SimpleQueue[str | None]) -> str:
+    """The server's first line on standard output; empty if none comes."""
+    try:
+        return lines.get(timeout=START_TIMEOUT_S) or ""
+    except queue.Empty:
+        return ""
+
+
+def _pass_on(pipe: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
+    for line in pipe:
+        lines.put(line)
+    lines.put(None)
+
+
+def _listen(pipe: IO[str], log: list[str]) -> None:
+    """Keep what the server says, and show what it says of its start: its log has time stamps, progress has none."""
+    for line in pipe:
+        log.append(line)
+        if line.strip() and not line[:1].isdigit():
+            tell(line.rstrip())
 
 
 def _answer(client: Client, tokenizer: Tokenizer | None, lookahead: bool) -> list[Chunk]:
