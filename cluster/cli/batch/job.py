@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.batch.output import ClosedError, OutputError, Stream, open_output
+from cluster.cli.batch.output import ClosedError, Earlier, OutputError, Stream, open_output
 from cluster.cli.batch.progress import Progress, make_progress
 from cluster.cli.batch.records import BadRecord, Input, Record, look_at, read_record
 from cluster.client.backends import Backend
@@ -173,8 +173,8 @@ class _Item:
     end: int
     """Bytes of the input up to its end."""
     future: Future[dict[str, Any]]
-    earlier: bytes | None = None
-    """The line of an earlier run that answers it."""
+    earlier: Earlier | None = None
+    """What an earlier run has written for it; an answer takes the place of one of its own."""
 
 
 class _Room:
@@ -278,7 +278,7 @@ class _Job:
                 record = read_record(line)
                 earlier = self._output.earlier(record.id)
                 future: Future[dict[str, Any]] = Future()
-                if earlier is not None:
+                if earlier is not None and earlier.is_answer:
                     future.set_result({})
                 elif isinstance(record, BadRecord):
                     future.set_result(_error(record.id, record.error))
@@ -368,8 +368,9 @@ class _Job:
         result = item.future.result()
         is_error = "error" in result
         self._pending = None  # before the write: interrupted there, a line may be lost, but none is written twice
-        if item.earlier is not None:
-            self._output.write(item.earlier, is_new_answer=False)
+        is_skipped = item.earlier is not None and item.earlier.is_answer
+        if item.earlier is not None and is_skipped:
+            self._output.write(item.earlier.line, is_new_answer=False)
         else:
             self._output.write(_encoded(result), is_new_answer=not is_error)
         self._room.give(item.size)
@@ -384,7 +385,7 @@ class _Job:
         if self._limit is not None:
             parts.append(totals.num_records / self._limit)
         self._part = min(max(parts), 1.0) if parts else None
-        if item.earlier is not None:
+        if is_skipped:
             totals.num_skipped += 1
             self._skipped = self._part or 0.0
 
@@ -402,11 +403,13 @@ class _Job:
         with suppress(queue.Empty):
             while True:
                 if isinstance(item, _Item):
-                    # Of records with the same id, a later one's answer would be taken for an earlier one's.
-                    if item.record_id in missing or item.future.cancelled() or item.future.exception() is not None:
-                        missing.add(item.record_id)
-                    else:
+                    is_finished = not item.future.cancelled() and item.future.exception() is None
+                    if is_finished and item.record_id not in missing:
                         self._write(item)
+                    elif item.earlier is not None:
+                        self._output.write(item.earlier.line, is_new_answer=False)
+                    else:  # of equal ids, a later record's answer would be taken for an earlier one's
+                        missing.add(item.record_id)
                 item = self._items.get_nowait()
 
 

@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cluster.cli.batch.records import descriptor
 from runtime.errors import ConfigError, OutriderError
@@ -41,6 +40,15 @@ class ClosedError(OutputError):
     """Nobody reads the output any more."""
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """One line of an earlier run's output."""
+
+    line: bytes
+    is_answer: bool
+    """Else it is an error."""
+
+
 class Stream:
     """Lines go straight to a stream, and what is written is gone."""
 
@@ -50,8 +58,9 @@ class Stream:
     def __init__(self, fd: int, name: str) -> None:
         self._fd, self._name = fd, name
 
-    def earlier(self, record_id: str | int) -> bytes | None:
-        """The line of an earlier run that answers this record, if there is one; for each line once."""
+    def earlier(self, record_id: str | int) -> Earlier | None:
+        """What an earlier run has written for this record, if it has; each line once. Of equal ids, the first asked for
+        gets the first."""
         return None
 
     def write(self, line: bytes, is_new_answer: bool) -> None:
@@ -118,7 +127,7 @@ class File(Stream):
                 if _has_content(self._resumed):  # of a run that was killed
                     _merge(self._resumed, self._base)
                     self._resumed.replace(self._base)
-                self._earlier = _Earlier(self._base)
+                self._earlier = _Lines(self._base)
             fd = os.dup(self._held) if self._path == target else _opened(self._path)
         except BaseException:
             self._let_go()
@@ -131,7 +140,7 @@ class File(Stream):
             with suppress(OSError):
                 os.fchown(fd, about.st_uid, about.st_gid)
 
-    def earlier(self, record_id: str | int) -> bytes | None:
+    def earlier(self, record_id: str | int) -> Earlier | None:
         return self._earlier.take(record_id) if self._base is not None else None
 
     def write(self, line: bytes, is_new_answer: bool) -> None:
@@ -332,11 +341,11 @@ def _entries(path: Path) -> Iterator[_Entry]:
             start += len(line)
 
 
-def _key(record_id: Any) -> str:
+def _key(record_id: object) -> str:
     return json.dumps(record_id)
 
 
-class _Earlier:
+class _Lines:
     """The lines of an output, each to be taken once, by id. Where they come in the order of the input, as they do
     unless that has changed, nothing is held in memory but the next."""
 
@@ -345,10 +354,10 @@ class _Earlier:
         self._ahead = _entries(path)
         self._passed: dict[str, deque[_Entry]] = {}
 
-    def take(self, record_id: Any) -> bytes | None:
-        """The next line with this id, if it is an answer. Of equal ids, the first in the input gets the first."""
+    def take(self, record_id: str | int) -> Earlier | None:
+        """The next line with this id."""
         entry = self.take_entry(_key(record_id))
-        return self._read(entry) if entry is not None and entry.is_answer else None
+        return Earlier(self._read(entry), entry.is_answer) if entry is not None else None
 
     def rest(self) -> Iterator[bytes]:
         """The lines that nobody has taken, in their order."""
@@ -359,7 +368,7 @@ class _Earlier:
             yield self._read(entry)
 
     def take_entry(self, key: str) -> _Entry | None:
-        """The same, error or answer."""
+        """The same, without reading it."""
         if passed := self._passed.get(key):
             entry = passed.popleft()
             if not passed:
@@ -378,13 +387,13 @@ class _Earlier:
 
 def _merge(scratch: Path, base: Path) -> None:
     """Write behind the lines of `scratch` those of `base` that it does not have. May be broken off and done again."""
-    earlier, size = _Earlier(base), 0
+    lines, size = _Lines(base), 0
     for entry in _entries(scratch):
-        earlier.take_entry(entry.key)
+        lines.take_entry(entry.key)
         size = entry.start + entry.size
     with scratch.open("r+b") as file:
         file.truncate(size)  # half a line at the end
         file.seek(size)
-        file.writelines(earlier.rest())
+        file.writelines(lines.rest())
         file.flush()
         _sync(file.fileno())
