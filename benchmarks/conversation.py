@@ -5,11 +5,7 @@ python -m benchmarks.conversation --turns 200 --cache-size 512
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -21,6 +17,7 @@ from rich.progress import track
 from benchmarks.common import DEFAULT_PROMPTS, plot_lines, print_json, print_table, sink, stderr
 from cluster.cli.batch import parse, read_lines
 from cluster.client.client import Client
+from cluster.client.own_server import own_server
 from runtime.request import Usage
 
 PARTS = 10
@@ -49,7 +46,7 @@ def main(
     settings = [*set_, "cache.policy=sink", f"cache.num_sinks={cache.num_sinks}", f"cache.window={cache.window}"]
     messages = [parse(line, number).prompt for number, line in enumerate(read_lines(DEFAULT_PROMPTS, None), 1)]
     sampling = {"max_new_tokens": max_new_tokens, "ignore_eos": True}
-    with server(config, settings) as address, Client(address) as client:
+    with own_server(settings, config) as (_, address), Client(address) as client:
         done: list[Turn] = []
         conversation = client.converse()
         for number in track(range(turns), "turns", console=stderr, transient=True):
@@ -62,23 +59,6 @@ def main(
     result = report(done, cache_size, out)
     print(f"a client that vanished in mid-turn: its slot was free after {freed_s:.2f} s")
     print_json({"benchmark": "conversation", "cache_size": cache_size, "turns": result, "slot_freed_s": freed_s})
-
-
-@contextmanager
-def server(config: Path | None, settings: list[str]) -> Iterator[str]:
-    """`outrider serve` as a process of its own; its address."""
-    command = [sys.executable, "-m", "cluster.cli", "serve", "--set", "server.port=0"]
-    command += ["--config", str(config)] if config else []
-    command += [part for setting in settings for part in ("--set", setting)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            if not line.startswith("serving on "):
-                raise typer.BadParameter(f"the server did not start; try: {' '.join(command)}", param_hint="--set")
-            yield line.removeprefix("serving on ").strip()
-        finally:
-            process.terminate()
 
 
 def vanish(client: Client, address: str, messages: Any, cache_size: int) -> float:

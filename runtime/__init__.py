@@ -33,6 +33,9 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`Engine` on first use, so that reading a config does not import torch."""
     if name == "Engine":
+        from runtime.engine import ahead
+
+        ahead.compile_all(Config())
         from runtime.engine.engine import Engine
 
         return Engine

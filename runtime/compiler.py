@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -12,13 +14,15 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from runtime.disk import cache_root, locked
 from runtime.errors import OutriderError
+from runtime.progress import doing
 
 COMPILERS = ("g++", "clang++", "c++")
 TIMEOUT_S = 300.0
@@ -77,9 +81,12 @@ def shared_library(
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with locked(target.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        with (
+            doing(f"compiling {what} (once; kept in {target.parent})"),  # or waiting for another process that does
+            locked(target.with_suffix(".lock")),
+            tempfile.TemporaryDirectory(dir=target.parent) as scratch,
+        ):
             if not target.is_file():
-                print(f"Compiling {what} (once; kept in {target.parent}) ...", file=sys.stderr, flush=True)
                 compiled, linked = f"{scratch}/compiled.o", f"{scratch}/linked.so"
                 places = [f"-I{place}" for place in include]
                 _run([*compiler.command, *flags, *places, "-fPIC", "-c", str(source), "-o", compiled])
@@ -90,8 +97,8 @@ def shared_library(
     return target
 
 
-def extension_module(what: str, name: str, source: Path) -> ModuleType:
-    """The Python module of this dotted name that `source` defines with pybind11. Raises BuildError."""
+def compile_extension(what: str, source: Path) -> Path:
+    """The file of the Python module that `source` defines with pybind11, compiled if need be. Raises BuildError."""
     import pybind11
 
     headers = sysconfig.get_path("include")
@@ -101,7 +108,11 @@ def extension_module(what: str, name: str, source: Path) -> ModuleType:
     link_flags = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     abi = str(sysconfig.get_config_var("EXT_SUFFIX"))
     include = (headers, pybind11.get_include())
-    path = shared_library(what, source, flags, link_flags, depends_on=(abi, pybind11.__version__), include=include)
+    return shared_library(what, source, flags, link_flags, depends_on=(abi, pybind11.__version__), include=include)
+
+
+def load_extension(what: str, name: str, path: Path) -> ModuleType:
+    """The module in this file, under this dotted name. Raises BuildError."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     try:
@@ -112,11 +123,42 @@ def extension_module(what: str, name: str, source: Path) -> ModuleType:
     return module
 
 
+def compile_ahead(libraries: Iterable[Callable[[], object]]) -> None:
+    """Compile these in threads of their own, beside whatever comes next; who needs one then waits for it, and is told
+    what is wrong with it. A program that ends meanwhile does not wait."""
+    for library in libraries:
+        thread = threading.Thread(target=_tried, args=(library,), name="outrider-compiler", daemon=True)
+        thread.start()
+        _ahead.append(thread)
+
+
+_ahead: list[threading.Thread] = []
+_running: set[subprocess.Popen[str]] = set()
+
+
+def _tried(library: Callable[[], object]) -> None:
+    with contextlib.suppress(Exception):
+        library()
+
+
+@atexit.register
+def _end_compilers() -> None:
+    for process in list(_running):
+        process.kill()
+    for thread in _ahead:
+        thread.join(timeout=2)  # it removes what is half done
+
+
 def _run(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{command[0]} took longer than {TIMEOUT_S:.0f} s") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        raise BuildError(f"{command[0]} failed: {lines[0].strip() if lines else f'status {done.returncode}'}")
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        _running.add(process)
+        try:
+            _, errors = process.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            process.kill()
+            raise BuildError(f"{command[0]} took longer than {TIMEOUT_S:.0f} s") from error
+        finally:
+            _running.discard(process)
+    if process.returncode:
+        lines = [line for line in errors.splitlines() if "error" in line] or errors.splitlines()
+        raise BuildError(f"{command[0]} failed: {lines[0].strip() if lines else f'status {process.returncode}'}")

@@ -79,6 +79,10 @@ class ParallelConfig(Section):
     def num_workers(self) -> int:
         return self.lp * self.tp
 
+    def threads_each(self, num_cores: int, num_workers: int) -> int:
+        """CPU threads of each of the workers that share a machine's cores."""
+        return self.threads or max(1, num_cores // num_workers)
+
 
 class LookaheadConfig(Section):
     """Lookahead decoding with the paper's names: W = window_size, N = ngram_size, G = guess_set_size."""
@@ -362,6 +366,11 @@ class Config(Section):
                 "raise it, or lower lookahead.window_size or lookahead.ngram_size"
             )
         return self
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something is `auto` that measuring decides: the split of the workers, or the dtype."""
+        return self.parallel.split == "auto" or self.model.dtype == "auto"
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:

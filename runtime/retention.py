@@ -268,11 +268,12 @@ class LayerGroup:
     new: Callable[[], Retention]
 
 
-def layer_groups(cache: CacheConfig, num_layers: int, capacity: int) -> tuple[LayerGroup, ...]:
+def layer_groups(cache: CacheConfig, num_layers: int, max_positions: int) -> tuple[LayerGroup, ...]:
     """The groups of a model's layers under this policy, its separators given as ids.
 
-    `capacity`: tokens a slot keeps at most (CacheConfig.slot_capacity).
+    `max_positions`: the model's trained length, tokens, which bounds a slot where the policy does not.
     """
+    capacity = cache.slot_capacity(max_positions)
 
     def full() -> Retention:
         return Sliding(None, capacity, slot=False)

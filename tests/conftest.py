@@ -17,7 +17,7 @@ def measurements_of_their_own(tmp_path_factory):
         patch.setattr(priming, "primed_folder", lambda: places["bigrams"])
         patch.setattr(priming, "BUDGET_S", 0.5)
         patch.setattr(cost, "BUDGET_S", 0.3)
-        patch.setattr(cost, "TOLERATED", 1e9)  # steps of tiny models are all noise
+        patch.setattr(cost, "STEADY", 1e9)  # steps of tiny models are all noise
         yield
 
 

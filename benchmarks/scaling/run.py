@@ -49,8 +49,8 @@ class Recorder:
     @classmethod
     def on(cls, engine: Engine) -> Recorder:
         """Put one into `engine`, where EngineStats has no such counters."""
-        recorder = cls(engine._executor, engine.config.parallel.lp)
-        engine._executor = recorder  # type: ignore[assignment]
+        recorder = cls(engine.executor, engine.config.parallel.lp)
+        engine.executor = recorder  # type: ignore[assignment]
         return recorder
 
 

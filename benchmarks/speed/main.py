@@ -60,6 +60,8 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     with open_engine(run_config) as engine:
+        if engine.cost.curve.provisional:
+            engine.measure_cost()
         methods = outrider_methods(engine, max_new_tokens, try_)
         records = load_prompts(engine, prompts, limit)
         references = load_hugging_face(run_config.model, dtypes if hugging_face else ())

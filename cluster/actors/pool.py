@@ -121,7 +121,7 @@ class RayPool:
         for rank in range(1, 1 + config.parallel.num_workers):
             replica, shard = divmod(rank - 1, tp)
             node = nodes[replica][shard]
-            threads = config.parallel.threads or max(1, _cores(node) // workers_on[node])
+            threads = config.parallel.threads_each(_cores(node), workers_on[node])
             strategy = PlacementGroupSchedulingStrategy(self._groups[replica], placement_group_bundle_index=shard)
             actor = (
                 ray.remote(MeshWorker)

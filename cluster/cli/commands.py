@@ -23,7 +23,7 @@ from cluster.cli.options import (
     with_sampling,
 )
 from runtime.config import Config
-from runtime.errors import ConfigError, FieldError, OutriderError
+from runtime.errors import FieldError, OutriderError
 
 if TYPE_CHECKING:
     from cluster.client.backends import Backend
@@ -144,53 +144,76 @@ def chat(
 @app.command(name="batch")
 @with_sampling
 def run_batch(
-    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One record a line.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="One answer a line, in the same order.")],
+    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One record a line; - is standard input.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT.jsonl", help="One answer a line, in the same order; - is standard output.")
+    ],
     address: AddressOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     lookahead: LookaheadOption = None,
-    concurrency: Annotated[int, typer.Option(min=1, metavar="K", help="Requests in flight.")] = 1,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="M", help="Only the first M lines.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=1024, metavar="K", help="Requests in flight.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="M", help="Only the first M records.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an earlier run stopped; ask again for its errors only.")
+    ] = False,
+    patience: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="S",
+            help="Seconds without any answer after which a server that is full or away is not asked again.",
+            show_default="300 if full, 30 if away",
+        ),
+    ] = None,
     as_json: JsonOption = False,
     *,
     sampling: dict[str, Any],
 ) -> None:
-    """Answer every record of a file.
+    """Answer every record of a file, a pipe or standard input.
 
     A record is {"id", "prompt" (raw text) | "messages" | "token_ids", ...sampling parameters, "lookahead": {...}}, or
-    one of Spec-Bench, {"question_id", "turns"}, whose first turn is taken as the user's message. A line that cannot be
-    answered gets {"id", "error"}, and the exit code is 1 in the end.
-    """
-    from rich.console import Console
+    one of Spec-Bench, {"question_id", "turns"}, whose first turn is taken as the user's message. An id is a text or a
+    whole number; a record without one goes by the number of its line. Empty lines are no records. A line that cannot be
+    answered gets {"id", "error"}, and the others are answered.
 
+    What OUT.jsonl has stays until the run has come to its end: meanwhile, answers are in OUT.jsonl.partial. A run that
+    is stopped keeps what is finished, and --resume goes on from there, by the records' ids (of equal ids, the first
+    answer belongs to the first record): answers are kept, errors and what is missing are asked for.
+
+    Exit codes: 0 all records are answered; 1 some have errors, or the run could not go on; 2 something was asked for
+    that cannot be; 130 and 143 it was stopped by SIGINT or SIGTERM; 141 nobody reads the output any more.
+    """
     from cluster.cli import batch
 
-    if target.exists() and source.exists() and target.samefile(source):
-        raise ConfigError("OUT", str(target), "is the input file", "Name another file.")
-    batch.read_lines(source, limit)  # a bad file should not wait for the model
-    if not target.absolute().parent.is_dir():
-        raise ConfigError("OUT", str(target), "its folder does not exist", "Create it first.")
-    backend, defaults = _backend(address, config, set_ or (), lookahead)
-    console = Console(stderr=True)
-    with closing(backend):
-        totals = batch.run(
+    totals = batch.Totals()
+
+    def connect() -> tuple[Backend, dict[str, dict[str, Any]]]:
+        backend, defaults = _backend(address, config, set_ or (), lookahead)
+        return backend, {"sampling": defaults["sampling"] | sampling, "lookahead": defaults["lookahead"]}
+
+    try:
+        batch.run(
             source,
             target,
-            backend,
-            defaults={"sampling": defaults["sampling"] | sampling, "lookahead": defaults["lookahead"]},
+            connect,
+            resume=resume,
             concurrency=concurrency,
             limit=limit,
-            console=console,
-        ).as_dict()
-    if as_json:
-        print(json.dumps(totals))
-    print(
-        "{num_records} records ({num_errors} errors), {num_new_tokens} tokens in {seconds:.1f} s: "
-        "{tokens_per_s:.1f} tokens/s, {tokens_per_step:.2f} tokens per step".format(**totals),
-        file=sys.stderr,
-    )
-    if totals["num_errors"]:
+            patience_s=patience,
+            totals=totals,
+        )
+    except KeyboardInterrupt:
+        raise typer.Exit(128 + signal.SIGINT) from None
+    except batch.ClosedError:
+        raise typer.Exit(128 + signal.SIGPIPE) from None
+    finally:
+        if as_json and totals.seconds:
+            # Where answers go to standard output, nothing else does.
+            print(json.dumps(totals.as_dict()), file=sys.stderr if batch.is_standard_output(target) else sys.stdout)
+    print(totals.summary(), file=sys.stderr)
+    if totals.num_errors:
+        print(f"outrider: the first error is that of record {totals.first_error}", file=sys.stderr)
         raise typer.Exit(1)
 
 

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import queue
 import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 from cluster.actors import processes
 from cluster.cli import terminal
 from cluster.client.client import Client
+from cluster.client.own_server import own_server
 from cluster.wire.answers import Chunk
 from runtime.errors import OutriderError
+from runtime.progress import doing
 from runtime.request import Usage
 from runtime.tokenizer import Tokenizer
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number, then explain it step by step."
 MAX_NEW_TOKENS = 96
-START_TIMEOUT_S = 300.0
-STOP_TIMEOUT_S = 60.0
-SERVE = (sys.executable, "-m", "cluster.cli", "serve", "--set", "parallel.lp=2", "--set", "server.port=0")
 
 err = Console(stderr=True)
 
@@ -38,15 +31,16 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is ended either way
     started = time.perf_counter()
     try:
-        with _server() as (server, address):
+        with ExitStack() as stack:
+            with doing("starting Ray and two workers, and loading the model"):
+                server, address = stack.enter_context(own_server(["parallel.lp=2"]))
             _progress(started, f"serving on {address}: one coordinator, two Ray workers (lp=2)")
-            tokenizer = _embedded_tokenizer()
             with Client(address) as client:
                 info = client.server_info()
                 print(f"\n{info.model.name}, {info.model.dtype} on {info.model.device}\n> {PROMPT}\n")
-                ahead = _answer(client, tokenizer, lookahead=True)
+                ahead = _answer(client, shown=True, lookahead=True)
                 _progress(started, "the same prompt with lookahead off")
-                plain = _answer(client, None, lookahead=False)
+                plain = _answer(client, shown=False, lookahead=False)
             family = [server, *server.children(recursive=True)]
     except KeyboardInterrupt:
         return 130
@@ -62,44 +56,10 @@ def main() -> int:
     return 0 if identical and not left else 1
 
 
-@contextmanager
-def _server() -> Iterator[tuple[psutil.Process, str]]:
-    """`outrider serve` as a process of its own: (process, address). Ends it with SIGTERM."""
-    started = time.perf_counter()
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with subprocess.Popen(SERVE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        log: list[str] = []
-        for pipe, take in ((process.stdout, lines.put), (process.stderr, log.append)):
-            threading.Thread(target=lambda pipe=pipe, take=take: [take(line) for line in pipe], daemon=True).start()
-        server = psutil.Process(process.pid)
-        try:
-            with err.status("starting Ray and two workers ...") as status:
-                while True:
-                    elapsed = time.perf_counter() - started
-                    status.update(f"starting Ray and two workers ... {elapsed:.0f} s")
-                    try:
-                        line = lines.get(timeout=0.5) or ""
-                    except queue.Empty:
-                        line = ""
-                    if line.startswith("serving on "):
-                        break
-                    if process.poll() is not None or elapsed > START_TIMEOUT_S:
-                        problem = "ended" if process.poll() is not None else "did not start"
-                        raise RuntimeError(f"the server {problem} after {elapsed:.0f} s:\n{''.join(log[-20:])}")
-            yield server, line.removeprefix("serving on ").strip()
-        finally:
-            family = [server, *server.children(recursive=True)] if process.poll() is None else []
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                processes.end(family, 0)
-
-
-def _answer(client: Client, tokenizer: Tokenizer | None, lookahead: bool) -> list[Chunk]:
-    """One call; written to standard output as it streams if there is a tokenizer to colour it with."""
-    stream = terminal.TextStream(sys.stdout, terminal.wants_color(sys.stdout), tokenizer)
+def _answer(client: Client, shown: bool, lookahead: bool) -> list[Chunk]:
+    """One call; written to standard output as it streams, if it is to be shown."""
+    in_color = shown and terminal.wants_color(sys.stdout)
+    stream = terminal.TextStream(sys.stdout, in_color, _embedded_tokenizer() if in_color else None)
     chunks = []
     with client.generate(
         messages=[{"role": "user", "content": PROMPT}],
@@ -108,9 +68,9 @@ def _answer(client: Client, tokenizer: Tokenizer | None, lookahead: bool) -> lis
     ) as call:
         for chunk in call:
             chunks.append(chunk)
-            if tokenizer is not None:
+            if shown:
                 stream.write(chunk)
-    if tokenizer is not None:
+    if shown:
         print("\n")
     return chunks
 

@@ -11,14 +11,13 @@ from rich.table import Table
 
 from cluster.client.backends import open_engine
 from runtime.config import Config
-from runtime.progress import tell
 from runtime.tuning import choose
 from runtime.tuning.choose import Choice
 
 
 def show(config: Config, remeasure: bool, as_json: bool) -> None:
     """Print the plan for this config. Raises ConfigError where it cannot be run."""
-    choices = choose.ranked(config, open_engine, tell, remeasure)
+    choices = choose.ranked(config, open_engine, remeasure)
     if as_json:
         print(json.dumps(_record(choices)))
         return

@@ -13,7 +13,6 @@ from cluster.wire.answers import Chunk, cache_is_full, num_accepted
 from cluster.wire.requests import one_prompt
 from runtime.config import Config
 from runtime.errors import WorkerError
-from runtime.progress import tell
 from runtime.request import FinishReason, Prompt, StepOutput
 
 if TYPE_CHECKING:
@@ -71,22 +70,33 @@ class Backend(Protocol):
 
 @contextmanager
 def open_engine(config: Config) -> Iterator[Engine]:
-    """An engine in this process: alone where the mesh is 1x1, else with its workers on Ray."""
-    from runtime.engine.engine import Engine
-    from runtime.model.loader import load_spec, resolve_model
-    from runtime.tuning import choose
+    """An engine in this process: alone where the mesh is 1x1, else with its workers on Ray.
 
-    config = choose.resolved(config, open_engine, tell)
+    What is compiled on a first start is begun first, and waited for where it is needed.
+    """
+    from runtime.engine import ahead
+    from runtime.model.loader import load_spec, resolve_model
+
+    ahead.compile_all(config)
+    # What is wrong with the model is wrong without Ray, too: say so before anything is started.
+    spec = load_spec(resolve_model(config.model.path))
+    if config.is_open:
+        from runtime.tuning import choose
+
+        config = choose.resolved(config, open_engine)
     if config.parallel.num_workers == 1:
+        from runtime.engine.engine import Engine
+
         with Engine.from_config(config) as engine:
             yield engine
         return
-    # What is wrong with the model is wrong without Ray too: say so before anything is started.
-    load_spec(resolve_model(config.model.path)).check_tp(config.parallel.tp)
+    spec.check_tp(config.parallel.tp)
     from cluster.actors.pool import RayPool
 
     pool = RayPool(config)
     try:
+        from runtime.engine.engine import Engine
+
         with Engine.from_config(config, pool) as engine:
             yield engine
     finally:

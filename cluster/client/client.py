@@ -51,6 +51,9 @@ class Client:
         limits = [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            # A server that is started again is found within seconds; gRPC by itself waits up to two minutes.
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 2_000),
         ]
         self._channel = grpc.insecure_channel(address, options=limits)
         self._generation = pb_grpc.GenerationServiceStub(self._channel)

@@ -55,3 +55,30 @@ def status_of(error: Exception) -> grpc.StatusCode:
 def call_error(error: grpc.RpcError, address: str) -> CallError:
     """What gRPC raised, readably."""
     return CallError(address, error.code(), error.details() or "no details")
+
+
+def has_no_room_now(error: Exception) -> bool:
+    """Whether the same request may be taken later. It will not be where it is itself too large: for a message, or for a
+    cache."""
+    match error:
+        case ResourceExhaustedError():
+            return error.field.startswith("scheduler.")
+        case CallError(code=grpc.StatusCode.RESOURCE_EXHAUSTED):
+            return "larger than max" not in error.details and not error.details.startswith("cache.")
+    return False
+
+
+def is_away(error: Exception) -> bool:
+    """Whether nobody answers at the address now, as while a server is started again."""
+    return isinstance(error, CallError) and error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+
+def concerns_all(error: Exception) -> bool:
+    """Whether every other request would fail in the same way."""
+    if isinstance(error, CallError):
+        return error.code in (
+            grpc.StatusCode.UNIMPLEMENTED,
+            grpc.StatusCode.UNAUTHENTICATED,
+            grpc.StatusCode.PERMISSION_DENIED,
+        )
+    return isinstance(error, WorkerError)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from runtime.config import Config, LookaheadConfig, SamplingParams
+from runtime.engine.admission import Admission
 from runtime.engine.scheduler import TOP_K, Scheduler, Step
 from runtime.engine.session import Session
 from runtime.errors import InvalidRequestError
@@ -21,15 +22,21 @@ from runtime.lookahead.knowledge import Knowledge
 from runtime.model.loader import load_spec, resolve_model
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
-from runtime.progress import tell
 from runtime.request import CacheReport, Completion, FinishReason, Prompt, Request, StepOutput
 from runtime.retention import with_separator_ids
 from runtime.step import StepPlan, StepResult
 from runtime.tokenizer import Tokenizer
 from runtime.tuning import choose, cost, priming
-from runtime.tuning.cost import CostCurve, RunningCost
+from runtime.tuning.cost import CostCurve, Measurement, RunningCost
 from runtime.workers.executor import Executor, LocalExecutor, MeshExecutor, WorkerPool
 from runtime.workers.pool import ProcessPool
+
+MEASURE_AGAIN_S = 300.0
+"""How long a measurement that other programs disturbed is left alone."""
+
+Measuring = tuple[Measurement, Iterator[None]]
+LONGEST_ASIDE_S = 0.25
+"""Most that a request should have to wait for a step that is timed aside."""
 
 
 @dataclass
@@ -52,8 +59,11 @@ class Engine:
     def __init__(self, config: Config, spec: ModelSpec, tokenizer: Tokenizer, executor: Executor) -> None:
         self.config, self.spec, self.tokenizer = config, spec, tokenizer
         self.stats = EngineStats()
-        self._executor = executor
+        self.executor = executor
         self._scheduler = Scheduler(config, spec)
+        self._admission = Admission(config.scheduler)
+        self._measuring: Measuring | None = None
+        self._measure_after = 0.0  # time.monotonic()
         self.capacity = self._scheduler.capacity
         """Tokens one slot keeps; under policy full, prompt and output together."""
         self._aborted: set[str] = set()
@@ -70,9 +80,9 @@ class Engine:
         """
         if not isinstance(config, Config):
             config = Config.from_dict(config) if isinstance(config, Mapping) else Config.load(config)
-        if choose.is_open(config):
+        if config.is_open:
             assert pool is None, "a pool's workers are started once: choose before it is made"
-            config = choose.resolved(config, cls.from_config, tell)
+            config = choose.resolved(config, cls.from_config)
         directory = resolve_model(config.model.path)
         spec = load_spec(directory)
         spec.check_tp(config.parallel.tp)
@@ -86,10 +96,10 @@ class Engine:
             executor = MeshExecutor(config, spec, pool or ProcessPool())
         engine = cls(config, spec, tokenizer, executor)
         if config.lookahead.enabled and "recycle" in config.lookahead.sources:
-            top = priming.primed(executor, config, spec, tokenizer.opening(), TOP_K, tell)
+            top = priming.primed(executor, config, spec, tokenizer.opening(), TOP_K)
             engine.knowledge = Knowledge(Bigrams(top))
         if config.lookahead.enabled and config.lookahead.planner:
-            engine.use_curve(cost.measured(executor, config, spec, TOP_K, tell))
+            engine.use_curve(cost.known(executor, config, spec, TOP_K))
         return engine
 
     @property
@@ -105,10 +115,34 @@ class Engine:
     def measure_cost(self) -> CostCurve:
         """Measure the cost curve anew, keep it and plan by it. Nothing may be running."""
         assert not self.has_work, "the measurement writes over a slot"
-        curve = cost.measure(self._executor, self.config, self.spec, TOP_K)
-        cost.store(self.config, self.spec, curve)
+        curve = cost.measure(self.executor, self.config, self.spec, TOP_K)
         self.use_curve(curve)
         return curve
+
+    def measure_aside(self) -> bool:
+        """Where nothing is to be done and the cost curve is a first look only, time one step towards a better one.
+
+        Returns whether there is more to do. A request that comes in between ends the measurement, which begins anew.
+        """
+        if not self.cost.curve.provisional or self.has_work or self._scheduler.sessions:
+            return False
+        if self._measuring is None:
+            if time.monotonic() < self._measure_after:
+                return False
+            measurement = Measurement(self.executor, self.config, self.spec, TOP_K, longest_s=LONGEST_ASIDE_S)
+            self._measuring = measurement, measurement.steps()
+        measurement, steps = self._measuring
+        if next(steps, steps) is None:
+            return True
+        self._measuring = None
+        curve = measurement.curve
+        if measurement.spread > cost.STEADY or len(curve.rows) < 2:
+            # Other programs work here, or steps are too long for this: some other time.
+            self._measure_after = time.monotonic() + MEASURE_AGAIN_S
+            return False
+        cost.store(self.config, self.spec, curve)
+        self.use_curve(curve)
+        return False
 
     def use_curve(self, curve: CostCurve) -> None:
         """Plan by this cost of a step."""
@@ -190,6 +224,8 @@ class Engine:
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequestError, or ResourceExhaustedError where the queue is full."""
         self.validate(request)
+        self._admission.admit(request)
+        self._measuring = None
         self._scheduler.add(request)
         self.stats.num_requests += 1
 
@@ -203,11 +239,14 @@ class Engine:
         Raises InvalidRequestError where the id is in use, ResourceExhaustedError where too many are open.
         """
         session = Session(session_id if session_id is not None else f"session-{next(self._ids)}")
+        self._admission.open(session.session_id)
+        self._measuring = None
         self._scheduler.open_session(session.session_id)
         return session
 
     def close_session(self, session: Session) -> None:
         """End a conversation: a running turn is withdrawn, and the slot is free before the next step."""
+        self._admission.close(session.session_id)
         request_id = self._scheduler.close_session(session.session_id)
         if request_id is not None:
             self.abort(request_id)
@@ -228,6 +267,13 @@ class Engine:
 
     def step(self) -> list[StepOutput]:
         """Admit, plan, execute, verify, emit. Raises WorkerError if the workers fail."""
+        outputs = self._step()
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._admission.end(output.request_id)
+        return outputs
+
+    def _step(self) -> list[StepOutput]:
         started = time.perf_counter()
         outputs = self._drop_aborted()
         for request in self._scheduler.admit():
@@ -237,7 +283,7 @@ class Engine:
         if step is None:
             return outputs
         planned = time.perf_counter()
-        result = self._executor.execute(step.plan)
+        result = self.executor.execute(step.plan)
         executed = time.perf_counter()
         outputs += self._verify(step, result, executed)
         ended = time.perf_counter()
@@ -248,7 +294,7 @@ class Engine:
 
     def heartbeat(self) -> None:
         """Keep idle ranks from running into a collective's time-out; call every few seconds without work."""
-        self._executor.execute(StepPlan.empty())
+        self.executor.execute(StepPlan.empty())
 
     def _drop_aborted(self) -> list[StepOutput]:
         dropped = self._scheduler.drop(self._aborted) if self._aborted else []
@@ -350,7 +396,7 @@ class Engine:
 
     def close(self) -> None:
         """End the workers."""
-        self._executor.close()
+        self.executor.close()
 
     def __enter__(self) -> Engine:
         return self

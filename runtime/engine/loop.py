@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from runtime.engine.admission import Admission
 from runtime.engine.session import Session
 from runtime.errors import (
-    DuplicateRequestError,
     InvalidRequestError,
     OutriderError,
     ResourceExhaustedError,
@@ -48,7 +48,6 @@ class _Live:
 
     on_output: OnOutput
     usage: Usage
-    session_id: str | None
     reachable: bool = True
     """False once its callback has raised: nobody gets the rest."""
 
@@ -72,10 +71,9 @@ class EngineLoop:
         self._on_failure = on_failure
         self._heartbeat_s = heartbeat_s
         self._started = time.monotonic()
-        scheduler = engine.config.scheduler
-        self._max_live = scheduler.max_sequences + scheduler.max_waiting
         # Guarded by _wake; the loop's thread alone takes away from the first two.
         self._wake = threading.Condition()
+        self._admission = Admission(engine.config.scheduler)
         self._live: dict[str, _Live] = {}
         self._commands: deque[tuple[Callable[..., None], Request | Session | str]] = deque()
         self._sessions: dict[str, Session] = {}
@@ -94,17 +92,8 @@ class EngineLoop:
         self.engine.validate(request)
         with self._wake:
             self._check_serving()
-            if request.request_id in self._live:
-                problem, remedy = "is the id of a request that is still running", "Give each request its own id."
-                raise DuplicateRequestError("request_id", request.request_id, problem, remedy)
-            if len(self._live) >= self._max_live:
-                limit = self.engine.config.scheduler.max_waiting
-                problem, remedy = "every slot is taken and the waiting queue is full", "Try again later."
-                raise ResourceExhaustedError("scheduler.max_waiting", limit, problem, remedy)
-            if request.session_id is not None:
-                self._check_turn(request.session_id)
-            usage = Usage(num_prompt_tokens=len(request.prompt_ids))
-            self._live[request.request_id] = _Live(on_output, usage, request.session_id)
+            self._admission.admit(request)
+            self._live[request.request_id] = _Live(on_output, Usage(num_prompt_tokens=len(request.prompt_ids)))
             self._commands.append((self._add, request))
             self._wake.notify()
 
@@ -125,14 +114,7 @@ class EngineLoop:
         session = Session(session_id if session_id is not None else f"session-{uuid.uuid4()}")
         with self._wake:
             self._check_serving()
-            if session.session_id in self._sessions:
-                problem, remedy = "is the id of a conversation that is open", "Give each conversation its own id."
-                raise DuplicateRequestError("session_id", session.session_id, problem, remedy)
-            limit = self.engine.config.scheduler.session_limit
-            if len(self._sessions) >= limit:
-                problem = "as many conversations are open as may hold a slot"
-                remedy = "Try again later, or raise it together with scheduler.max_sequences."
-                raise ResourceExhaustedError("scheduler.max_sessions", limit, problem, remedy)
+            self._admission.open(session.session_id)
             self._sessions[session.session_id] = session
             self._commands.append((self._open_session, session))
             self._wake.notify()
@@ -144,6 +126,7 @@ class EngineLoop:
         with self._wake:
             if self._sessions.get(session.session_id) is session:
                 del self._sessions[session.session_id]
+                self._admission.close(session.session_id)
                 self._commands.append((self.engine.close_session, session))
                 self._wake.notify()
 
@@ -173,13 +156,6 @@ class EngineLoop:
         if self._closing:
             raise WorkerError("the engine is shutting down")
 
-    def _check_turn(self, session_id: str) -> None:
-        if session_id not in self._sessions:
-            raise InvalidRequestError("session_id", session_id, "is not open", "Open the conversation first.")
-        if any(live.session_id == session_id for live in self._live.values()):
-            problem, remedy = "has a turn that has not ended", "Wait for it, or cancel it."
-            raise InvalidRequestError("session_id", session_id, problem, remedy)
-
     # All below runs on the loop's thread.
 
     def _run(self) -> None:
@@ -200,9 +176,10 @@ class EngineLoop:
 
     def _obey(self) -> bool:
         """Wait for something to do, then carry out the commands in their order. False: leave the loop."""
+        wait_s = self._heartbeat_s
         while True:
             with self._wake:
-                awake = self._wake.wait_for(self._is_busy, timeout=self._heartbeat_s)
+                awake = self._wake.wait_for(self._is_busy, timeout=wait_s)
                 commands, self._commands = self._commands, deque()
                 closing = self._closing
             if closing:
@@ -213,7 +190,10 @@ class EngineLoop:
                 command(argument)
             if awake:
                 return True
-            self.engine.heartbeat()
+            measuring = self.engine.measure_aside()
+            wait_s = 0.0 if measuring else self._heartbeat_s
+            if not measuring:
+                self.engine.heartbeat()
 
     def _is_busy(self) -> bool:
         return bool(self._commands) or self._closing or self.engine.has_work
@@ -241,6 +221,7 @@ class EngineLoop:
             # Before the callback, so that whoever has seen the end can reuse the id.
             with self._wake:
                 del self._live[output.request_id]
+                self._admission.end(output.request_id)
                 self._outcomes[output.finish_reason] += 1
         if not live.reachable:
             return

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from runtime.config import Config
-from runtime.errors import InvalidRequestError, ResourceExhaustedError
 from runtime.lookahead import core
 from runtime.lookahead.core import CandidateTree, SequenceRows
 from runtime.lookahead.knowledge import Knowledge
@@ -49,7 +48,7 @@ class Scheduler:
     def __init__(self, config: Config, spec: ModelSpec) -> None:
         self.config, self.spec = config, spec
         self.capacity = config.cache.slot_capacity(spec.max_positions)
-        self.layer_groups = layer_groups(config.cache, spec.num_layers, self.capacity)
+        self.layer_groups = layer_groups(config.cache, spec.num_layers, spec.max_positions)
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Sequence] = {}
         """By cache slot."""
@@ -63,31 +62,11 @@ class Scheduler:
         self._commits: dict[int, Int32] = {}  # by slot, what the next plan commits: [C, len(Commit)]
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises ResourceExhaustedError where the queue is full."""
-        limit = self.config.scheduler.max_waiting
-        if len(self.running) + len(self.waiting) >= self.config.scheduler.max_sequences + limit:
-            raise ResourceExhaustedError(
-                "scheduler.max_waiting", limit, "every slot is taken and the queue is full", "Try again later."
-            )
-        live = [*self.waiting, *(sequence.request for sequence in self.running.values())]
-        if any(other.request_id == request.request_id for other in live):
-            raise InvalidRequestError("request_id", request.request_id, "is in use", "Give each request its own id.")
-        if request.session_id is not None:
-            if request.session_id not in self.sessions:
-                raise InvalidRequestError("session_id", request.session_id, "is not open", "Open it first.")
-            if any(other.session_id == request.session_id for other in live):
-                problem = "has a turn that has not ended"
-                raise InvalidRequestError("session_id", request.session_id, problem, "Wait for it, or cancel it.")
+        """Queue a request; whether it may come is Admission's to say."""
         self.waiting.append(request)
 
     def open_session(self, session_id: str) -> None:
-        """Start a conversation. Raises ResourceExhaustedError where as many as may be are open."""
-        if session_id in self.sessions:
-            raise InvalidRequestError("session_id", session_id, "is in use", "Give each session its own id.")
-        limit = self.config.scheduler.session_limit
-        if len(self.sessions) >= limit:
-            problem = "as many conversations are open as may hold a slot"
-            raise ResourceExhaustedError("scheduler.max_sessions", limit, problem, "Try again later.")
+        """Start a conversation."""
         self.sessions[session_id] = None
 
     def close_session(self, session_id: str) -> str | None:
@@ -174,7 +153,7 @@ class Scheduler:
         prompt_rows = min(sum(s.num_uncached for s in sequences if s.num_uncached > 1), limit)
         guess_rows = (max_rows - (len(sequences) - prompts) - prompt_rows) // len(sequences)
         steps: list[tuple[Sequence, StepRows]] = []
-        beds: list[tuple[CandidateTree, int]] = []
+        trees: list[tuple[CandidateTree, int]] = []
         for sequence in sequences:
             chain = 1
             if sequence.num_uncached > 1:
@@ -189,12 +168,12 @@ class Scheduler:
             if step.tree is not None:
                 room -= len(step.rows) - step.num_chain
                 if lookahead.planner:
-                    beds.append((step.tree, room))
+                    trees.append((step.tree, room))
                 else:
                     step.tree.fill(room)
         num_replicas = self.config.parallel.lp
-        if beds:
-            core.grow(beds, sum(len(step.rows) for _, step in steps), self.cost.seconds)
+        if trees:
+            core.grow(trees, sum(len(step.rows) for _, step in steps), self.cost.seconds)
             if not self.cost.shares[sum(len(step.rows) for _, step in steps)]:
                 num_replicas = 1
         parts: list[Part] = []

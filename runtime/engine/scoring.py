@@ -59,7 +59,7 @@ class Scorer:
         self.spec.check_cache(config.cache)
         cache = with_separator_ids(config.cache, self.tokenizer)
         self.capacity = cache.slot_capacity(self.spec.max_positions)
-        self.groups = layer_groups(cache, self.spec.num_layers, self.capacity)
+        self.groups = layer_groups(cache, self.spec.num_layers, self.spec.max_positions)
         self.caches = self.decoder.make_caches(self.groups, num_slots=1, max_staged=chunk)
         self.reset()
 

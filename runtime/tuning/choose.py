@@ -19,15 +19,13 @@ from runtime.config import Config
 from runtime.errors import ConfigError
 from runtime.model.loader import load_spec, resolve_model
 from runtime.model.spec import ModelSpec
+from runtime.progress import tell
 from runtime.tuning import cost
-from runtime.tuning.cost import CostCurve, RunningCost
+from runtime.tuning.cost import CostCurve
 
 
 class Measured(Protocol):
     """What of an engine is needed here."""
-
-    @property
-    def cost(self) -> RunningCost: ...
 
     def measure_cost(self) -> CostCurve: ...
 
@@ -57,11 +55,6 @@ class Choice:
     def name(self) -> str:
         parallel = self.config.parallel
         return f"lp={parallel.lp} tp={parallel.tp} {self.config.model.dtype}"
-
-
-def is_open(config: Config) -> bool:
-    """Whether there is something to choose."""
-    return config.parallel.split == "auto" or config.model.dtype == "auto"
 
 
 def candidates(config: Config, spec: ModelSpec) -> list[Config]:
@@ -99,9 +92,7 @@ def _on_cuda(config: Config) -> bool:
     return config.model.device != "cpu" and torch.cuda.is_available()
 
 
-def ranked(
-    config: Config, open_engine: OpenEngine, say: Callable[[str], object], remeasure: bool = False
-) -> list[Choice]:
+def ranked(config: Config, open_engine: OpenEngine, remeasure: bool = False) -> list[Choice]:
     """All settings, fastest first. `open_engine` starts the workers of one whose curve is not on disk.
 
     Raises ConfigError where none can be run.
@@ -110,13 +101,13 @@ def ranked(
     choices, errors = [], []
     for fixed in candidates(config, spec):
         curve = None if remeasure else cost.stored(fixed, spec)
-        if curve is None:
+        if curve is None or curve.provisional:
             parallel = fixed.parallel
-            say(f"measuring lp={parallel.lp} tp={parallel.tp} {fixed.model.dtype} (once per machine and model) ...")
-            planned = fixed.merged({"lookahead": fixed.lookahead.merged({"enabled": True, "planner": True})})
+            tell(f"measuring lp={parallel.lp} tp={parallel.tp} {fixed.model.dtype} (once per machine and model) ...")
             try:
-                with open_engine(planned) as engine:
-                    curve = engine.measure_cost() if remeasure else engine.cost.curve
+                # Without lookahead nothing is measured at the start, nor are bigrams asked for.
+                with open_engine(fixed.merged({"lookahead": fixed.lookahead.merged({"enabled": False})})) as engine:
+                    curve = engine.measure_cost()
             except ConfigError as error:
                 errors.append(error)
                 continue
@@ -126,9 +117,9 @@ def ranked(
     return sorted(choices, key=lambda choice: -choice.tokens_per_s)
 
 
-def resolved(config: Config, open_engine: OpenEngine, say: Callable[[str], object]) -> Config:
+def resolved(config: Config, open_engine: OpenEngine) -> Config:
     """`config` with what is `auto` in it fixed; the same where nothing is."""
-    return ranked(config, open_engine, say)[0].config if is_open(config) else config
+    return ranked(config, open_engine)[0].config if config.is_open else config
 
 
 def _judged(config: Config, curve: CostCurve) -> Choice:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -24,6 +25,7 @@ from runtime.lookahead.core import SequenceRows
 from runtime.mesh.device import pick_device
 from runtime.model import native
 from runtime.model.spec import ModelSpec
+from runtime.progress import doing, tell
 from runtime.step import Choose, Commit, StepPlan
 from runtime.tuning.probe import probe
 
@@ -40,10 +42,12 @@ BUDGET_S = 6.0
 LEAST_ROUNDS, ROUNDS = 3, 20
 """Each number of rows is timed as often as its share of the time allows, but at least and at most so many times, in
 rounds over all of them: hiccups hit single rounds. The planner decides by a few percent between small steps."""
-CHECKED, TOLERATED = (1, 16, 64), 1.4
-"""A stored curve is held against steps of so many rows; if their costs, relative to each other, are off by more than
-this factor, it is measured again."""
-FORMAT = 5
+STEADY, ATTEMPTS = 0.25, 3
+"""A measurement is good where steps usually took at most this much longer than the fastest like them."""
+GLANCE, GLANCE_S = (1, 16, 64), 0.3
+"""What is timed of a curve that was never measured, so that a start need not wait: these numbers of rows, about so long
+in all. The rest is measured when the engine has nothing else to do, or by `outrider plan`."""
+FORMAT = 6
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class CostCurve:
     alone: tuple[float, ...] = ()
     """The same with all rows on one replica, where there are several: the others wait. Where replicas share a memory,
     a small step is faster so."""
+    provisional: bool = False
+    """A first look only, to be replaced by a measurement."""
 
     def table(self, max_rows: int) -> NDArray[np.float64]:
         """t(T) for T = 0 .. max_rows, by the faster way: interpolated, never falling, beyond the last point by the last
@@ -129,55 +135,141 @@ def assumed(max_rows: int) -> CostCurve:
     return CostCurve((1, max_rows + 1), (1.0, 1.0 + max_rows / 100))
 
 
-def measure(
-    executor: Executor, config: Config, spec: ModelSpec, top_k: int, grid: tuple[int, ...] = GRID, rounds: int = ROUNDS
-) -> CostCurve:
-    """Time steps of the whole mesh, for some BUDGET_S seconds. No sequence may be running: slot 0 is written over."""
-    generator = random.Random(0)
-    capacity = config.cache.slot_capacity(spec.max_positions)
-    max_rows = config.scheduler.max_rows
+class Measurement:
+    """Times steps of the whole mesh at many numbers of rows, a step at a time, so that it can be left at any moment.
 
-    def plan(parents: list[int], first: int, choose: Choose, replicas: int = 1) -> StepPlan:
+    No sequence may be running, and no conversation be open: slot 0 is written over.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        config: Config,
+        spec: ModelSpec,
+        top_k: int,
+        grid: tuple[int, ...] = GRID,
+        rounds: int = ROUNDS,
+        budget_s: float | None = None,
+        longest_s: float = math.inf,
+        context: int = CONTEXT,
+    ) -> None:
+        """`grid`: numbers of rows; `budget_s`: about how long it takes in all (BUDGET_S); `longest_s`: steps that take
+        longer are run once, larger ones not at all; `context`: tokens in the cache."""
+        self._executor, self._config, self._spec, self._top_k = executor, config, spec, top_k
+        self._rounds, self._budget_s, self._longest_s = rounds, budget_s or BUDGET_S, longest_s
+        self._grid = [count for count in grid if count <= config.scheduler.max_rows]
+        self._ways = [config.parallel.lp, 1] if config.parallel.lp > 1 else [1]
+        self._generator = random.Random(0)
+        capacity = config.cache.slot_capacity(spec.max_positions)
+        self._context = min(context, capacity // 2, config.scheduler.max_rows, config.cache.size or CONTEXT)
+        self._seconds: dict[int, list[list[float]]] = {}
+
+    def steps(self) -> Iterator[None]:
+        """Run it; a pause after every step."""
+        yield from self._fill()
+        spent = 0.0
+        for count in self._grid:
+            self._seconds[count] = [[] for _ in self._ways]
+            for way in range(len(self._ways)):
+                yield from self._time(count, way)
+            last = max(times[0] for times in self._seconds[count])
+            spent += 2 * sum(times[0] for times in self._seconds[count])
+            if last > self._longest_s or (spent * LEAST_ROUNDS > self._budget_s and len(self._seconds) >= 2):
+                break
+        for number in range(1, self._rounds):
+            for count, found in self._seconds.items():
+                if max(times[0] for times in found) > self._longest_s:
+                    continue
+                taken = 2 * sum(sum(times) for times in found)
+                if number >= LEAST_ROUNDS and taken > self._budget_s / len(self._seconds):
+                    continue
+                for way in range(len(self._ways)):
+                    yield from self._time(count, way)
+
+    def run(self) -> CostCurve:
+        """All of it at once."""
+        for _ in self.steps():
+            pass
+        return self.curve
+
+    @property
+    def curve(self) -> CostCurve:
+        """What was found."""
+        shared, *alone = (
+            tuple(median(found[way]) for found in self._seconds.values()) for way in range(len(self._ways))
+        )
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        return CostCurve(tuple(self._seconds), shared, now, alone[0] if alone else ())
+
+    @property
+    def spread(self) -> float:
+        """By how much steps usually took longer than the fastest like them: little, unless other programs work here."""
+        return median(median(times) / min(times) - 1 for found in self._seconds.values() for times in found)
+
+    def _fill(self) -> Iterator[None]:
+        """Put some text into the slot."""
+        prompt = self._plan(list(range(-1, self._context - 1)), 0, Choose.NOTHING)
+        prompt.resets = np.zeros(1, np.int32)
+        self._executor.execute(prompt)
+        yield
+        commit = np.full((self._context, len(Commit)), -1, np.int32)
+        commit[:, Commit.ROW] = np.arange(self._context)
+        commit[:, Commit.SOURCE] = 0 if self._config.parallel.lp > 1 else -1
+        first = self._plan([-1], self._context, Choose.SAMPLE)
+        first.commits = commit
+        self._executor.execute(first)
+        yield
+
+    def _time(self, count: int, way: int) -> Iterator[None]:
+        parents = [-1, *((row - 1) // 2 for row in range(1, count))]
+        step = self._plan(parents, self._context, Choose.SAMPLE, self._ways[way])
+        self._executor.execute(step)  # steps come after others like them: the first makes kernels, and fills caches
+        began = time.perf_counter()
+        self._executor.execute(step)
+        self._seconds[count][way].append(time.perf_counter() - began)
+        yield
+
+    def _plan(self, parents: list[int], first: int, choose: Choose, replicas: int = 1) -> StepPlan:
         rows = SequenceRows(first)
         for parent in parents:
-            rows.add(generator.randrange(spec.vocab_size), parent, choose)
-        return probe(rows, first + 1, replicas, top_k if choose != Choose.NOTHING else 0)
+            rows.add(self._generator.randrange(self._spec.vocab_size), parent, choose)
+        return probe(rows, first + 1, replicas, self._top_k if choose != Choose.NOTHING else 0)
 
-    context = min(CONTEXT, capacity // 2, max_rows, config.cache.size or CONTEXT)
-    prompt = plan(list(range(-1, context - 1)), 0, Choose.NOTHING)
-    prompt.resets = np.zeros(1, np.int32)
-    executor.execute(prompt)
-    commit = np.full((context, len(Commit)), -1, np.int32)
-    commit[:, Commit.ROW] = np.arange(context)
-    commit[:, Commit.SOURCE] = 0 if config.parallel.lp > 1 else -1
-    first = plan([-1], context, Choose.SAMPLE)
-    first.commits = commit
-    executor.execute(first)
 
-    def timed(count: int, replicas: int) -> float:
-        step = plan([-1, *((row - 1) // 2 for row in range(1, count))], context, Choose.SAMPLE, replicas)
-        executor.execute(step)  # steps come after others like them: the first makes kernels, and fills caches
-        began = time.perf_counter()
-        executor.execute(step)
-        return time.perf_counter() - began
+def measure(executor: Executor, config: Config, spec: ModelSpec, top_k: int) -> CostCurve:
+    """Measure the curve now, for some BUDGET_S seconds, and keep it. Where timings swing, because other programs work,
+    it is tried up to ATTEMPTS times, and the steadiest is taken."""
+    found: list[Measurement] = []
+    while not found or (found[-1].spread > STEADY and len(found) < ATTEMPTS):
+        if found:
+            tell(f"timings swing by {found[-1].spread:.0%}: other programs work here; measuring again")
+        measurement = Measurement(executor, config, spec, top_k)
+        with doing("measuring the cost of a step by its rows"):
+            measurement.run()
+        found.append(measurement)
+    curve = min(found, key=lambda measurement: measurement.spread).curve
+    store(config, spec, curve)
+    return curve
 
-    ways = [config.parallel.lp, 1] if config.parallel.lp > 1 else [1]
-    seconds: dict[int, list[list[float]]] = {}
-    spent = 0.0
-    for count in (count for count in grid if count <= max_rows):
-        seconds[count] = [[timed(count, replicas)] for replicas in ways]
-        spent += 2 * sum(times[0] for times in seconds[count])
-        if spent * LEAST_ROUNDS > BUDGET_S and len(seconds) >= 2:
-            break
-    for number in range(1, rounds):
-        for count, found in seconds.items():
-            taken = 2 * sum(sum(times) for times in found)
-            if number >= LEAST_ROUNDS and taken > BUDGET_S / len(seconds):
-                continue
-            for replicas, times in zip(ways, found, strict=True):
-                times.append(timed(count, replicas))
-    shared, *alone = (tuple(median(found[way]) for found in seconds.values()) for way in range(len(ways)))
-    return CostCurve(tuple(seconds), shared, time.strftime("%Y-%m-%d %H:%M:%S"), *alone)
+
+def known(executor: Executor, config: Config, spec: ModelSpec, top_k: int) -> CostCurve:
+    """The curve kept on disk; or else a first look, which takes about GLANCE_S, to begin with."""
+    curve = stored(config, spec)
+    if curve is not None:
+        return curve
+    look = Measurement(executor, config, spec, top_k, GLANCE, 2, GLANCE_S, longest_s=GLANCE_S / 3, context=GLANCE[-1])
+    curve = replace(look.run(), provisional=True)
+    if len(curve.rows) == 1:  # a large model: its rows are assumed to cost what rows do
+        ratios = assumed(config.scheduler.max_rows).seconds
+        curve = replace(
+            curve,
+            rows=(1, config.scheduler.max_rows + 1),
+            seconds=tuple(curve.seconds[0] * ratio for ratio in ratios),
+            alone=tuple(curve.alone[0] * ratio for ratio in ratios) if curve.alone else (),
+        )
+    if look.spread < STEADY:
+        store(config, spec, curve)
+    return curve
 
 
 def stored(config: Config, spec: ModelSpec) -> CostCurve | None:
@@ -196,27 +288,6 @@ def store(config: Config, spec: ModelSpec, curve: CostCurve) -> Path:
     with written_whole(place) as scratch:
         scratch.write_text(json.dumps(asdict(curve)))
     return place
-
-
-def measured(
-    executor: Executor, config: Config, spec: ModelSpec, top_k: int, say: Callable[[str], object]
-) -> CostCurve:
-    """The stored curve, if steps still cost about that; or else one measured now and kept."""
-    curve = stored(config, spec)
-    if curve is None or all(  # twice: one look may meet another program's work
-        _has_drifted(curve, measure(executor, config, spec, top_k, CHECKED, rounds=3)) for _ in range(2)
-    ):
-        say(f"measuring the cost of a step by its rows ({'once' if curve is None else 'it has changed'}; seconds) ...")
-        curve = measure(executor, config, spec, top_k)
-        store(config, spec, curve)
-    return curve
-
-
-def _has_drifted(curve: CostCurve, check: CostCurve) -> bool:
-    """Whether the costs of steps, relative to each other, are not those of the curve any more."""
-    expected = curve.table(max(check.rows))[list(check.rows)]
-    ratios = check.table(max(check.rows))[list(check.rows)] / expected
-    return bool(ratios.max() / ratios.min() > TOLERATED)
 
 
 def _place(config: Config, spec: ModelSpec) -> Path:

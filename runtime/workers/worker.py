@@ -41,7 +41,7 @@ class Worker:
         self.mesh = mesh
         self.decoder = make_decoder(config, spec, mesh)
         self._min_rows = 1 if isinstance(self.decoder, NativeDecoder) else MIN_ROWS
-        groups = layer_groups(config.cache, spec.num_layers, config.cache.slot_capacity(spec.max_positions))
+        groups = layer_groups(config.cache, spec.num_layers, spec.max_positions)
         scheduler = config.scheduler
         self.caches = self.decoder.make_caches(groups, scheduler.max_sequences, max_staged=scheduler.max_rows)
         self._last = StepPlan.empty()
@@ -133,7 +133,7 @@ def _local_parents(parents: Int32, local: np.ndarray) -> Int32:
 def serve(config: Config, spec: ModelSpec, rank: int, host: str, port: int) -> None:
     """Be worker `rank` (from 1) of the mesh whose coordinator waits at host:port, until it says stop."""
     parallel = config.parallel
-    torch.set_num_threads(parallel.threads or max(1, (os.cpu_count() or 1) // parallel.num_workers))
+    torch.set_num_threads(parallel.threads_each(os.cpu_count() or 1, parallel.num_workers))
     device = pick_device(config, (rank - 1) % max(torch.cuda.device_count(), 1))
     store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=meshes.COLLECTIVE_TIMEOUT_S))
     store.set(alive_key(rank), "")

@@ -125,7 +125,7 @@ def config_of(cache, **sections) -> Config:
 
 
 def retention_of(cache) -> Retention:
-    (group,) = layer_groups(config_of(cache).cache, 1, config_of(cache).cache.slot_capacity(512))
+    (group,) = layer_groups(config_of(cache).cache, 1, 512)
     return group.new()
 
 
@@ -271,7 +271,7 @@ def account_from(retention: Retention, tokens: list[int]) -> Seen:
 def test_kept_ratios_equal_the_oracle(name) -> None:
     cache = config_of(POLICIES[name]).cache
     tokens = TEXTS["random"]
-    ledger = Ledger(layer_groups(cache, 3, cache.slot_capacity(512)), None)
+    ledger = Ledger(layer_groups(cache, 3, 512), None)
     assert (ledger.kept_last, ledger.kept_sum) == (1, 1)
     for stop in range(1, len(tokens) + 1):
         ledger.commit(tokens[stop - 1 : stop])
@@ -281,7 +281,7 @@ def test_kept_ratios_equal_the_oracle(name) -> None:
 def test_kept_ratios_are_averaged_over_layers() -> None:
     cache = config_of(POLICIES["sep"] | {"full_layers": (0, -1)}).cache
     tokens = TEXTS["random"]
-    groups = layer_groups(cache, 4, cache.slot_capacity(512))
+    groups = layer_groups(cache, 4, 512)
     assert sorted(group.layers for group in groups) == [(0, 3), (1, 2)]
     ledger = Ledger(groups, None)
     for start in range(0, len(tokens), 7):

@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-Column = tuple[int, Sequence[tuple[int, int]]]
+ProposalList = tuple[int, Sequence[tuple[int, int]]]
 """What one source says of the next token: the feature of all tokens that it does not propose here (absent), and (token,
 feature that describes the proposal) of those it does, each token once."""
 
@@ -55,13 +55,13 @@ class Acceptance:
 
     def __init__(self, priors: Sequence[float]) -> None: ...
     weights: list[float]
-    """Those of `priors`, and then those of a token's circumstances: how many columns propose it, how often the text has
+    """Those of `priors`, and then those of a token's circumstances: how many lists propose it, how often the text has
     had it, and whether it stands after the text or after a guess."""
     evidence: list[float]
     """Sums of squared gradients; the more, the slower a weight moves."""
 
 class Judge:
-    """Turns the sources' columns into guesses for one sequence, and learns from what the model chose."""
+    """Turns the sources' lists into guesses for one sequence, and learns from what the model chose."""
 
     def __init__(self, acceptance: Acceptance) -> None: ...
     bias: float
@@ -73,13 +73,13 @@ class Judge:
     def forget(self, text: Sequence[int]) -> None:
         """Of the text only these tokens, the newest, are left."""
 
-    def judge(self, columns: Sequence[Column]) -> list[tuple[int, float]]:
+    def judge(self, lists: Sequence[ProposalList]) -> list[tuple[int, float]]:
         """All tokens proposed with their probabilities after the text, likeliest first; ties go to the lower id."""
 
-    def without(self, columns: Sequence[Column], token: int, source: Source) -> float:
+    def without(self, lists: Sequence[ProposalList], token: int, source: Source) -> float:
         """The token's probability if `source` had not proposed it."""
 
-    def learn(self, columns: Sequence[Column], chosen: int) -> None:
+    def learn(self, lists: Sequence[ProposalList], chosen: int) -> None:
         """The model chose `chosen` where this was said."""
 
 class Bigrams:
@@ -136,7 +136,7 @@ class Source:
     is_silent: bool
     """It has nothing to propose in this step."""
 
-    def propose(self, tail: Sequence[int], depth: int) -> Iterable[Column]:
+    def propose(self, tail: Sequence[int], depth: int) -> Iterable[ProposalList]:
         """Tokens that may follow a text that ends in `tail`, of which the last `depth` tokens are guesses."""
 
     def lay_out(self, rows: SequenceRows, room: int) -> None:
@@ -215,7 +215,7 @@ class CandidateTree:
     def credit(self, chosen: Sequence[int], source: Source) -> int:
         """How many accepted tokens would have had no place in the tree without this source."""
 
-def grow(beds: Sequence[tuple[CandidateTree, int]], num_rows: int, seconds: NDArray[np.float64]) -> float:
+def grow(trees: Sequence[tuple[CandidateTree, int]], num_rows: int, seconds: NDArray[np.float64]) -> float:
     """Grow trees, each to at most so many candidates, to where expected tokens per second are highest (planner.h).
 
     Args:

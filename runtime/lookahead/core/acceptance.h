@@ -1,9 +1,9 @@
 // Learned acceptance: how likely a proposed token is the one the model will choose, given who proposes it and how.
 //
-// Every proposal carries one feature per column (a source has one column or several), the column's `absent` feature
+// Every proposal carries one feature per list (a source has one list or several), the list's `absent` feature
 // where that source does not propose the token. A token's logit adds up the weights of its features, the strongest in
 // full and the others in part, so that sources that agree strengthen each other; what that leaves wrong is learned by
-// the token's circumstances: how many columns propose it, how often the text has had it, and whether it hangs on the
+// the token's circumstances: how many lists propose it, how often the text has had it, and whether it hangs on the
 // text or on a guess. Of all tokens proposed at a node one at most is right: probabilities are a softmax of the logits,
 // with 0 for "none of them". Weights start from priors and are learned online, from every node whose next token has
 // become known, whether or not its proposals fitted into the step.
@@ -50,32 +50,32 @@ struct Proposal {
 };
 
 // What one source says of the next token at one node: proposals [first, last) of the tree's, each token once
-struct Column {
+struct ProposalList {
     int absent;  // the feature of all tokens that are not proposed here
     int first, last;
 };
 
 // What sources have said, for many nodes, one after the other
-struct Opinions {
-    std::vector<Column> columns;
+struct Proposals {
+    std::vector<ProposalList> lists;
     std::vector<Proposal> proposals;
 
     void open(int absent) {
         const int here = static_cast<int>(proposals.size());
-        columns.push_back({absent, here, here});
+        lists.push_back({absent, here, here});
     }
 
     void propose(int token, int feature) {
         proposals.push_back({token, feature});
-        columns.back().last = static_cast<int>(proposals.size());
+        lists.back().last = static_cast<int>(proposals.size());
     }
 
-    std::span<const Proposal> of(const Column& column) const {
-        return {proposals.data() + column.first, proposals.data() + column.last};
+    std::span<const Proposal> of(const ProposalList& list) const {
+        return {proposals.data() + list.first, proposals.data() + list.last};
     }
 };
 
-// Part of them: one node's columns [first, last)
+// Part of them: one node's lists [first, last)
 struct Extent {
     int first, last;
 
@@ -148,10 +148,10 @@ struct Acceptance {
     Calibration calibration;
     std::vector<double> weights, evidence;
 
-    // The feature of tokens that so many columns propose and the text has had so often, after the text or after a guess
-    int circumstances(int num_columns, int times, bool after_guess) const {
+    // The feature of tokens that so many lists propose and the text has had so often, after the text or after a guess
+    int circumstances(int num_lists, int times, bool after_guess) const {
         const int kind = times < 2 ? times : times < 4 ? 2 : 3;
-        return num_proposal_features + (kind * 2 + after_guess) * MOST_AGREE + std::min(num_columns, MOST_AGREE) - 1;
+        return num_proposal_features + (kind * 2 + after_guess) * MOST_AGREE + std::min(num_lists, MOST_AGREE) - 1;
     }
 
     // Move a weight against the gradient of the log-loss.
@@ -161,7 +161,7 @@ struct Acceptance {
     }
 };
 
-// Turns the sources' columns into guesses for one sequence, and learns from what the model chose.
+// Turns the sources' lists into guesses for one sequence, and learns from what the model chose.
 class Judge {
    public:
     explicit Judge(std::shared_ptr<Acceptance> acceptance) : acceptance(std::move(acceptance)) {}
@@ -180,25 +180,25 @@ class Judge {
         observe(text);
     }
 
-    // Append all tokens that a node's columns propose to `ranked`, likeliest first.
-    void judge(const Opinions& opinions, Extent columns, bool after_guess, std::vector<Guess>& ranked) {
+    // Append all tokens that a node's lists propose to `ranked`, likeliest first.
+    void judge(const Proposals& proposed, Extent lists, bool after_guess, std::vector<Guess>& ranked) {
         const auto& weights = acceptance->weights;
         double base = BIAS + bias;
-        for (const Column& column : columns.in(opinions.columns)) base += AGREEMENT * weights[column.absent];
+        for (const ProposalList& list : lists.in(proposed.lists)) base += AGREEMENT * weights[list.absent];
         candidates_.clear();
-        for (const Column& column : columns.in(opinions.columns)) {
-            const double missing = weights[column.absent];
-            for (const auto [token, feature] : opinions.of(column)) {
+        for (const ProposalList& list : lists.in(proposed.lists)) {
+            const double missing = weights[list.absent];
+            for (const auto [token, feature] : proposed.of(list)) {
                 Candidate& candidate = find(token, base);
                 candidate.logit += AGREEMENT * (weights[feature] - missing);
                 candidate.strongest = std::max(candidate.strongest, weights[feature]);
-                ++candidate.num_columns;
+                ++candidate.num_lists;
             }
         }
         const auto first = static_cast<std::ptrdiff_t>(ranked.size());
         double total = 1;
-        for (const auto& [token, num_columns, logit, strongest] : candidates_) {
-            const double agreed = weights[acceptance->circumstances(num_columns, times_seen(token), after_guess)];
+        for (const auto& [token, num_lists, logit, strongest] : candidates_) {
+            const double agreed = weights[acceptance->circumstances(num_lists, times_seen(token), after_guess)];
             ranked.push_back({std::exp(logit + (1 - AGREEMENT) * strongest + agreed), token});
             total += ranked.back().probability;
         }
@@ -207,48 +207,48 @@ class Judge {
     }
 
     // The token's probability if the source with features [first, last) had not proposed it
-    double without(const Opinions& opinions, Extent columns, bool after_guess, int token, Extent features) {
-        Opinions others;
-        for (const Column& column : columns.in(opinions.columns)) {
-            others.open(column.absent);
-            if (column.absent >= features.first && column.absent < features.last) continue;
-            for (const auto [other, feature] : opinions.of(column)) others.propose(other, feature);
+    double without(const Proposals& proposed, Extent lists, bool after_guess, int token, Extent features) {
+        Proposals others;
+        for (const ProposalList& list : lists.in(proposed.lists)) {
+            others.open(list.absent);
+            if (list.absent >= features.first && list.absent < features.last) continue;
+            for (const auto [other, feature] : proposed.of(list)) others.propose(other, feature);
         }
         std::vector<Guess> ranked;
-        judge(others, {0, static_cast<int>(others.columns.size())}, after_guess, ranked);
+        judge(others, {0, static_cast<int>(others.lists.size())}, after_guess, ranked);
         for (const Guess& guess : ranked)
             if (guess.token == token) return guess.probability;
         return 0;
     }
 
     // The model chose `chosen` where these were the guesses.
-    void learn(const Opinions& opinions, Extent columns, bool after_guess, std::span<const Guess> ranked, int chosen) {
+    void learn(const Proposals& proposed, Extent lists, bool after_guess, std::span<const Guess> ranked, int chosen) {
         const auto& weights = acceptance->weights;
         double error = 0;
         for (const auto [probability, token] : ranked) {
             const double gradient = probability - (token == chosen);
             error += gradient;
             described_.clear();
-            int strongest = -1, num_columns = 0;
-            for (const Column& column : columns.in(opinions.columns)) {
-                const auto proposals = opinions.of(column);
+            int strongest = -1, num_lists = 0;
+            for (const ProposalList& list : lists.in(proposed.lists)) {
+                const auto proposals = proposed.of(list);
                 const auto found = std::ranges::find(proposals, token, &Proposal::token);
-                const bool proposed = found != proposals.end();
-                described_.push_back(proposed ? found->feature : column.absent);
-                num_columns += proposed;
-                if (proposed && (strongest < 0 || weights[found->feature] > weights[strongest]))
+                const bool has_it = found != proposals.end();
+                described_.push_back(has_it ? found->feature : list.absent);
+                num_lists += has_it;
+                if (has_it && (strongest < 0 || weights[found->feature] > weights[strongest]))
                     strongest = found->feature;
             }
             for (const int feature : described_)
                 acceptance->learn(feature, gradient * (feature == strongest ? 1.0 : AGREEMENT));
-            acceptance->learn(acceptance->circumstances(num_columns, times_seen(token), after_guess), gradient);
+            acceptance->learn(acceptance->circumstances(num_lists, times_seen(token), after_guess), gradient);
         }
         bias -= TEXT_RATE * error;
     }
 
    private:
     struct Candidate {
-        int token, num_columns;
+        int token, num_lists;
         double logit, strongest;
     };
 
@@ -265,7 +265,7 @@ class Judge {
 
     std::unordered_map<int, int> seen_;  // how often the text has a token
     std::vector<Candidate> candidates_;
-    std::vector<int> described_;  // the features of one token, one per column
+    std::vector<int> described_;  // the features of one token, one per list
 };
 
 }  // namespace outrider

@@ -30,26 +30,26 @@ namespace {
 using Tokens = std::vector<int>;
 using Int32s = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
 using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
-using Columns = std::vector<std::pair<int, std::vector<std::pair<int, int>>>>;  // (absent, [(token, feature)])
+using Lists = std::vector<std::pair<int, std::vector<std::pair<int, int>>>>;  // (absent, [(token, feature)])
 using Ranked = std::vector<std::pair<int, double>>;                             // (token, probability)
 
-void add_columns(const Columns& columns, Opinions& opinions) {
-    for (const auto& [absent, proposals] : columns) {
-        opinions.open(absent);
-        for (const auto& [token, feature] : proposals) opinions.propose(token, feature);
+void add_lists(const Lists& lists, Proposals& proposed) {
+    for (const auto& [absent, proposals] : lists) {
+        proposed.open(absent);
+        for (const auto& [token, feature] : proposals) proposed.propose(token, feature);
     }
 }
 
-Columns columns_of(const Opinions& opinions) {
-    Columns columns;
-    for (const Column& column : opinions.columns) {
-        columns.emplace_back(column.absent, std::vector<std::pair<int, int>>());
-        for (const auto [token, feature] : opinions.of(column)) columns.back().second.emplace_back(token, feature);
+Lists lists_of(const Proposals& proposed) {
+    Lists lists;
+    for (const ProposalList& list : proposed.lists) {
+        lists.emplace_back(list.absent, std::vector<std::pair<int, int>>());
+        for (const auto [token, feature] : proposed.of(list)) lists.back().second.emplace_back(token, feature);
     }
-    return columns;
+    return lists;
 }
 
-Extent all_of(const Opinions& opinions) { return {0, static_cast<int>(opinions.columns.size())}; }
+Extent all_of(const Proposals& proposed) { return {0, static_cast<int>(proposed.lists.size())}; }
 
 Tokens tokens_of(const Tail& tail) {
     Tokens tokens;
@@ -62,10 +62,10 @@ class PythonSource : public Source, public py::trampoline_self_life_support {
    public:
     using Source::Source;
 
-    void propose(const Tail& tail, int depth, Opinions& opinions) override {
+    void propose(const Tail& tail, int depth, Proposals& proposed) override {
         const py::function propose = py::get_override(static_cast<const Source*>(this), "propose");
         if (!propose) throw std::runtime_error("a candidate source must have a method propose(tail, depth)");
-        add_columns(propose(py::tuple(py::cast(tokens_of(tail))), depth).cast<Columns>(), opinions);
+        add_lists(propose(py::tuple(py::cast(tokens_of(tail))), depth).cast<Lists>(), proposed);
     }
 
     void observe(const Tokens& tokens, bool is_prompt) override {
@@ -106,8 +106,8 @@ std::vector<std::pair<int, std::vector<std::pair<int, int>>>> lookup(const Recyc
     return found;
 }
 
-double grow_beds(const std::vector<Bed>& beds, int num_rows, const Doubles& seconds) {
-    return grow(beds, num_rows, {seconds.data(), static_cast<size_t>(seconds.size())});
+double grow_trees(const std::vector<BoundedTree>& trees, int num_rows, const Doubles& seconds) {
+    return grow(trees, num_rows, {seconds.data(), static_cast<size_t>(seconds.size())});
 }
 
 std::pair<Int32s, Int32s> partitioned(const Int32s& parents, int num_replicas) {
@@ -123,7 +123,7 @@ PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
     module.attr("BIAS") = BIAS;
     module.attr("RUN") = RUN;
     module.def("prior", &prior, py::arg("probability"));
-    module.def("grow", &grow_beds, py::arg("beds"), py::arg("num_rows"), py::arg("seconds"));
+    module.def("grow", &grow_trees, py::arg("trees"), py::arg("num_rows"), py::arg("seconds"));
     module.def("partition", &partitioned, py::arg("parents"), py::arg("num_replicas"));
 
     py::classh<Rows>(module, "SequenceRows")
@@ -150,34 +150,34 @@ PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
         .def("forget", &Judge::forget, py::arg("text"))
         .def(
             "judge",
-            [](Judge& judge, const Columns& columns) {
-                Opinions opinions;
-                add_columns(columns, opinions);
+            [](Judge& judge, const Lists& lists) {
+                Proposals proposed;
+                add_lists(lists, proposed);
                 std::vector<Guess> guesses;
-                judge.judge(opinions, all_of(opinions), false, guesses);
+                judge.judge(proposed, all_of(proposed), false, guesses);
                 Ranked ranked;
                 for (const Guess& guess : guesses) ranked.emplace_back(guess.token, guess.probability);
                 return ranked;
             },
-            py::arg("columns"))
+            py::arg("lists"))
         .def(
             "without",
-            [](Judge& judge, const Columns& columns, int token, const Source& source) {
-                Opinions opinions;
-                add_columns(columns, opinions);
-                return judge.without(opinions, all_of(opinions), false, token, source.features);
+            [](Judge& judge, const Lists& lists, int token, const Source& source) {
+                Proposals proposed;
+                add_lists(lists, proposed);
+                return judge.without(proposed, all_of(proposed), false, token, source.features);
             },
-            py::arg("columns"), py::arg("token"), py::arg("source"))
+            py::arg("lists"), py::arg("token"), py::arg("source"))
         .def(
             "learn",
-            [](Judge& judge, const Columns& columns, int chosen) {
-                Opinions opinions;
-                add_columns(columns, opinions);
+            [](Judge& judge, const Lists& lists, int chosen) {
+                Proposals proposed;
+                add_lists(lists, proposed);
                 std::vector<Guess> guesses;
-                judge.judge(opinions, all_of(opinions), false, guesses);
-                judge.learn(opinions, all_of(opinions), false, guesses, chosen);
+                judge.judge(proposed, all_of(proposed), false, guesses);
+                judge.learn(proposed, all_of(proposed), false, guesses, chosen);
             },
-            py::arg("columns"), py::arg("chosen"));
+            py::arg("lists"), py::arg("chosen"));
 
     py::classh<Bigrams>(module, "Bigrams")
         .def(py::init([](const Int32s& top) {
@@ -214,9 +214,9 @@ PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
         .def(
             "propose",
             [](Source& source, const Tokens& tail, int depth) {
-                Opinions opinions;
-                source.propose(Tail(tail), depth, opinions);
-                return columns_of(opinions);
+                Proposals proposed;
+                source.propose(Tail(tail), depth, proposed);
+                return lists_of(proposed);
             },
             py::arg("tail"), py::arg("depth"))
         .def("lay_out", [](const Source&, const Rows&, int) {}, py::arg("rows"), py::arg("room"))

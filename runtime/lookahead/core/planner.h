@@ -1,7 +1,7 @@
 // What a step's rows are spent on: as many candidates as pay for themselves, by the measured cost of a step.
 //
-// A step of T rows takes t(T) seconds (runtime.cost) and emits, in expectation, one token per sequence plus the sum of
-// the candidates' probabilities. The planner grows the trees of all running sequences together, likeliest candidate
+// A step of T rows takes t(T) seconds (runtime.tuning.cost) and emits, in expectation, one token per sequence plus the
+// sum of the candidates' probabilities. The planner grows the trees of all running sequences together, likeliest candidate
 // first, and cuts them where expected tokens per second are highest. Where no candidate pays, none is run.
 
 #pragma once
@@ -24,7 +24,7 @@ constexpr int CHECK_EVERY = 8;
 constexpr double CAUTION = 0.02;
 
 // One sequence's tree, and how many candidates it may get
-using Bed = std::pair<std::shared_ptr<CandidateTree>, int>;
+using BoundedTree = std::pair<std::shared_ptr<CandidateTree>, int>;
 
 // Whether more candidates, none likelier than this, could bring the rate beyond the best so far. `rest` is t(T) from
 // the next row on.
@@ -38,32 +38,32 @@ inline bool could_pay(double expected, double probability, std::span<const doubl
 //
 // `num_rows`: rows that the step has without them. `seconds`: t(T) for T = 0, 1, ..., non-decreasing; its length bounds
 // the rows. Returns the expected number of tokens of the step.
-inline double grow(const std::vector<Bed>& beds, int num_rows, std::span<const double> seconds) {
-    double expected = static_cast<double>(beds.size()), best_expected = expected;
+inline double grow(const std::vector<BoundedTree>& trees, int num_rows, std::span<const double> seconds) {
+    double expected = static_cast<double>(trees.size()), best_expected = expected;
     double best_rate = (1 + CAUTION) * expected / seconds[num_rows];
-    std::vector<int> kept(beds.size()), best_kept = kept;
-    using Next = std::pair<double, int>;  // (probability, minus the bed's index)
+    std::vector<int> kept(trees.size()), best_kept = kept;
+    using Next = std::pair<double, int>;  // (probability, minus the tree's index)
     std::priority_queue<Next> queue;
-    for (size_t bed = 0; bed < beds.size(); ++bed)
-        if (beds[bed].second > 0) queue.emplace(beds[bed].first->next_probability(), -static_cast<int>(bed));
+    for (size_t index = 0; index < trees.size(); ++index)
+        if (trees[index].second > 0) queue.emplace(trees[index].first->next_probability(), -static_cast<int>(index));
     for (size_t count = 1; !queue.empty() && num_rows + count < seconds.size(); ++count) {
-        const auto [probability, minus_bed] = queue.top();
+        const auto [probability, minus_index] = queue.top();
         queue.pop();
         if (probability == 0) break;
         const auto rest = seconds.subspan(num_rows + count);
         if (count % CHECK_EVERY == 1 && !could_pay(expected, probability, rest, best_rate)) break;
-        const auto& [tree, room] = beds[-minus_bed];
+        const auto& [tree, room] = trees[-minus_index];
         tree->grow();
-        ++kept[-minus_bed];
+        ++kept[-minus_index];
         expected += probability;
         if (expected / rest.front() > best_rate) {
             best_rate = expected / rest.front();
             best_expected = expected;
             best_kept = kept;
         }
-        if (tree->num_candidates() < room) queue.emplace(tree->next_probability(), minus_bed);
+        if (tree->num_candidates() < room) queue.emplace(tree->next_probability(), minus_index);
     }
-    for (size_t bed = 0; bed < beds.size(); ++bed) beds[bed].first->truncate(best_kept[bed]);
+    for (size_t index = 0; index < trees.size(); ++index) trees[index].first->truncate(best_kept[index]);
     return best_expected;
 }
 

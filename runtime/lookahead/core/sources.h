@@ -28,7 +28,7 @@ class Source {
     bool is_silent = false;  // it has nothing to propose in this step
 
     // Tokens that may follow a text that ends in `tail`, of which the last `depth` tokens are guesses
-    virtual void propose(const Tail& tail, int depth, Opinions& opinions) = 0;
+    virtual void propose(const Tail& tail, int depth, Proposals& proposed) = 0;
 
     // The text has grown by these tokens, a prompt's or the model's.
     virtual void observe(const std::vector<int>&, bool /*is_prompt*/) {}
@@ -92,8 +92,8 @@ class NgramSource : public Source {
 
     NgramPool pool;
 
-    void propose(const Tail& tail, int depth, Opinions& opinions) override {
-        opinions.open(features.first);
+    void propose(const Tail& tail, int depth, Proposals& proposed) override {
+        proposed.open(features.first);
         if (depth + 1 >= std::min(pool.ngram_size, tail.size() + 1)) return;
         const int first = features.first + 1 + std::min(depth, DEPTHS - 1) * AGES;
         const auto tails = pool.tails(tail[depth]);
@@ -103,7 +103,7 @@ class NgramSource : public Source {
             for (int place = 0; place < depth; ++place) follows &= (*ngram)[place] == tail[depth - 1 - place];
             const int token = (*ngram)[depth];
             if (!follows || std::ranges::find(followers_, token) != followers_.end()) continue;
-            opinions.propose(token, first + std::min(static_cast<int>(followers_.size()), AGES - 1));
+            proposed.propose(token, first + std::min(static_cast<int>(followers_.size()), AGES - 1));
             followers_.push_back(token);
         }
     }
@@ -138,15 +138,15 @@ class SuffixSource : public Source {
 
     explicit SuffixSource(int first_feature) : Source(first_feature, static_cast<int>(priors().size())) {}
 
-    void propose(const Tail& tail, int, Opinions& opinions) override {
-        opinions.open(features.first);
+    void propose(const Tail& tail, int, Proposals& proposed) override {
+        proposed.open(features.first);
         proposed_.clear();
-        if (tail.size() >= 2) propose_matches(tail, opinions);
+        if (tail.size() >= 2) propose_matches(tail, proposed);
         const auto found = followers_.find(tail[0]);
         if (found == followers_.end()) return;
         const auto& [followers, total] = found->second;
         for (auto follower = followers.rbegin(); follower != followers.rend(); ++follower)
-            if (!offer(*follower, total, 1, opinions)) return;
+            if (!offer(*follower, total, 1, proposed)) return;
     }
 
     void observe(const std::vector<int>& tokens, bool) override {
@@ -194,7 +194,7 @@ class SuffixSource : public Source {
     }
 
     // What followed where at least two tokens match, the longest matches first
-    void propose_matches(const Tail& tail, Opinions& opinions) {
+    void propose_matches(const Tail& tail, Proposals& proposed) {
         const auto found = places_.find(pair(tail[1], tail[0]));
         if (found == places_.end()) return;
         const auto& places = found->second;
@@ -218,7 +218,7 @@ class SuffixSource : public Source {
             }
             if (!any) continue;
             for (const Follower& follower : counted_)
-                if (!offer(follower, total, length, opinions)) return;
+                if (!offer(follower, total, length, proposed)) return;
         }
     }
 
@@ -231,12 +231,12 @@ class SuffixSource : public Source {
     }
 
     // Propose a follower unless a longer match has; false where there is no more room.
-    bool offer(const Follower& follower, int total, int length, Opinions& opinions) {
+    bool offer(const Follower& follower, int total, int length, Proposals& proposed) {
         if (proposed_.size() == MAX_PROPOSALS) return false;
         if (std::ranges::find(proposed_, follower.token) != proposed_.end()) return true;
         const int share = follower.count == total ? 2 : 2 * follower.count >= total ? 1 : 0;
         const int kind = ((length - 1) * SHARES + share) * 2 + (follower.count > 1);
-        opinions.propose(follower.token, features.first + 1 + kind);
+        proposed.propose(follower.token, features.first + 1 + kind);
         proposed_.push_back(follower.token);
         return true;
     }
@@ -269,18 +269,18 @@ class RecycleSource : public Source {
     RecycleSource(int first_feature, std::shared_ptr<RecycleTable> table)
         : Source(first_feature, static_cast<int>(priors().size())), table_(std::move(table)) {}
 
-    void propose(const Tail& tail, int, Opinions& opinions) override {
+    void propose(const Tail& tail, int, Proposals& proposed) override {
         int place = 0;
         table_->lookup(tail, [&](int order, std::span<const int> likeliest) {
             const int first = features.first + 1 + (place * ORDERS + order) * (CLASSES + 1);
-            opinions.open(first + CLASSES);
+            proposed.open(first + CLASSES);
             for (const int packed : likeliest) {
                 const auto [token, kind] = unpacked(packed);
-                opinions.propose(token, first + kind);
+                proposed.propose(token, first + kind);
             }
             ++place;
         });
-        for (; place < 2; ++place) opinions.open(features.first);
+        for (; place < 2; ++place) proposed.open(features.first);
     }
 
    private:

@@ -98,7 +98,7 @@ class CandidateTree {
             judge_->acceptance->calibration.learn(nodes_[node].probability, is_accepted);
         }
         for (const int node : path)
-            judge_->learn(opinions_, nodes_[node].columns, nodes_[node].depth > 0, nodes_[node].guesses.in(guesses_),
+            judge_->learn(proposals_, nodes_[node].lists, nodes_[node].depth > 0, nodes_[node].guesses.in(guesses_),
                           chosen[row_of(node)]);
     }
 
@@ -108,7 +108,7 @@ class CandidateTree {
         for (const int node : decided(chosen)) {
             const int token = chosen[row_of(node)];
             if (child_of(node, token) < 0) continue;
-            const double alone = judge_->without(opinions_, nodes_[node].columns, nodes_[node].depth > 0, token,
+            const double alone = judge_->without(proposals_, nodes_[node].lists, nodes_[node].depth > 0, token,
                                                  features);
             count += calibrated(nodes_[node].probability * alone) < margin();
         }
@@ -121,7 +121,7 @@ class CandidateTree {
         Tail tail;
         int depth;
         double probability;  // of being accepted: the product along the path, before it is calibrated
-        Extent columns, guesses;
+        Extent lists, guesses;
         int child = -1;    // the newest, or -1
         int sibling = -1;  // the next older child of its parent, or -1
     };
@@ -144,13 +144,13 @@ class CandidateTree {
 
     int add_node(const Tail& tail, int depth, double probability) {
         const int node = static_cast<int>(nodes_.size());
-        Extent columns{static_cast<int>(opinions_.columns.size()), 0}, guesses{static_cast<int>(guesses_.size()), 0};
+        Extent lists{static_cast<int>(proposals_.lists.size()), 0}, guesses{static_cast<int>(guesses_.size()), 0};
         for (const auto& source : sources_)
-            if (!source->is_silent) source->propose(tail, depth, opinions_);
-        columns.last = static_cast<int>(opinions_.columns.size());
-        judge_->judge(opinions_, columns, depth > 0, guesses_);
+            if (!source->is_silent) source->propose(tail, depth, proposals_);
+        lists.last = static_cast<int>(proposals_.lists.size());
+        judge_->judge(proposals_, lists, depth > 0, guesses_);
         guesses.last = static_cast<int>(guesses_.size());
-        nodes_.push_back({tail, depth, probability, columns, guesses});
+        nodes_.push_back({tail, depth, probability, lists, guesses});
         if (depth < max_depth_) offer(node, 0);
         return node;
     }
@@ -183,7 +183,7 @@ class CandidateTree {
     std::shared_ptr<Judge> judge_;
     std::vector<Node> nodes_;
     std::vector<Offer> frontier_;
-    Opinions opinions_;           // of all nodes
+    Proposals proposals_;         // of all nodes
     std::vector<Guess> guesses_;  // of all nodes
 };
 

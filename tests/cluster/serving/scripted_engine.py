@@ -171,6 +171,9 @@ class ScriptedEngine:
     def num_running(self) -> int:
         return min(len(self._sequences), self.config.scheduler.max_sequences)
 
+    def measure_aside(self) -> bool:
+        return False
+
     def heartbeat(self) -> None:
         self.num_heartbeats += 1
         if self.error is not None:

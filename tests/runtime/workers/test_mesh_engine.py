@@ -67,7 +67,7 @@ def test_every_mesh_equals_one_process(tiny_model, alone, lp, tp):
 def test_lookahead_parallel_replicas_share_the_rows(tiny_model):
     """The rows of a step are divided: each replica runs fewer than all, together they run every one."""
     with Engine.from_config(make_config(tiny_model, lp=2)) as engine:
-        executor = engine._executor
+        executor = engine.executor
         assert isinstance(executor, MeshExecutor)
         shares = []
         execute = executor.execute
@@ -136,14 +136,14 @@ def test_each_source_set_and_budget_is_shared_by_eight_replicas(tiny_model, alon
     equality = Equality(hugging_face_gap(tiny_model))
     shares: list[tuple[int, int, int]] = []
     with Engine.from_config(config) as engine:
-        execute = engine._executor.execute
+        execute = engine.executor.execute
 
         def record(plan):
             depth = np.ptp(plan.rows[:, Row.POSITION]) + 1 if plan.num_rows else 0
             shares.append((plan.num_rows, plan.most_local_rows(8), int(depth)))
             return execute(plan)
 
-        engine._executor.execute = record
+        engine.executor.execute = record
         for sources in (("jacobi",), ("suffix",), ("recycle",), ("jacobi", "suffix", "recycle")):
             for budget in (16, 300):
                 lookahead = LookaheadConfig(

@@ -163,7 +163,7 @@ class Stream:
 
     def __init__(self, decoder: Decoder | NativeDecoder, cache: dict) -> None:
         section = Config.from_dict({"cache": cache}).cache
-        groups = layer_groups(section, decoder.spec.num_layers, section.slot_capacity(512))
+        groups = layer_groups(section, decoder.spec.num_layers, 512)
         self.decoder = decoder
         self.caches: tuple[KVCache, ...] = decoder.make_caches(groups, num_slots=2, max_staged=200)
         self.length = 0

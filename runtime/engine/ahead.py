@@ -1,0 +1,49 @@
+"""What a first start on a machine compiles, begun before anything else: it goes on while the model is read."""
+
+from __future__ import annotations
+
+import functools
+
+from runtime import compiler
+from runtime.config import Config
+from runtime.lookahead import build as lookahead_build
+
+
+@functools.cache
+def compile_lookahead() -> None:
+    """Begin to compile what guessing needs, once in this process."""
+    compiler.compile_ahead([lookahead_build.compiled])
+
+
+@functools.cache
+def _compile_for_cpus() -> None:
+    compiler.compile_ahead([_kernels])
+
+
+@functools.cache
+def _compile_for_ranks() -> None:
+    compiler.compile_ahead([_meeting_point])
+
+
+def compile_all(config: Config) -> None:
+    """Begin to compile what an engine of this config will need."""
+    compile_lookahead()
+    if config.model.device != "cuda" and config.model.kernels != "torch":
+        _compile_for_cpus()
+    if config.parallel.tp > 1 or config.parallel.split == "auto":
+        _compile_for_ranks()
+
+
+def _kernels() -> None:
+    import torch
+
+    from runtime.model.native import build
+
+    if not torch.cuda.is_available():
+        build.library()
+
+
+def _meeting_point() -> None:
+    from runtime.mesh import shared_memory
+
+    shared_memory.library()
