@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
 import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import Any
 from cluster.cli.batch.output import ClosedError, Earlier, OutputError, Stream, open_output
 from cluster.cli.batch.progress import Progress, make_progress
 from cluster.cli.batch.records import BadRecord, Input, Record, look_at, read_record
+from cluster.cli.batch.results import IncompleteError, Totals, answer, encoded, error_line
 from cluster.client.backends import Backend
 from cluster.wire.answers import Chunk
 from cluster.wire.statuses import concerns_all, has_no_room_now, is_away
@@ -35,54 +34,12 @@ WINDOW_PER_REQUEST = 8
 """Records that may be read and not yet written, for each request in flight: a slow one holds up no other."""
 WINDOW_BYTES = 64 * 2**20
 """The same in bytes of the input; a longer line is alone."""
-MAX_ERROR_LENGTH = 2000
 
 Defaults = Mapping[str, Mapping[str, Any]]
 
 
 class StoppedError(OutriderError):
     """The batch has not come to the end of its input."""
-
-
-class IncompleteError(OutriderError):
-    """An answer has ended without its last chunk."""
-
-
-@dataclass
-class Totals:
-    """What a batch has come to."""
-
-    num_records: int = 0
-    """Lines of the output that stand for a record of the input: answers, errors, and those of an earlier run."""
-    num_errors: int = 0
-    num_skipped: int = 0
-    """Answered by an earlier run."""
-    num_retries: int = 0
-    """How often a request was made again."""
-    num_tokens: int = 0
-    num_steps: int = 0
-    seconds: float = 0.0
-    first_error: str = ""
-
-    def as_dict(self) -> dict[str, float]:
-        return {
-            "num_records": self.num_records,
-            "num_errors": self.num_errors,
-            "num_skipped": self.num_skipped,
-            "num_retries": self.num_retries,
-            "num_new_tokens": self.num_tokens,
-            "tokens_per_step": self.num_tokens / self.num_steps if self.num_steps else 0.0,
-            "tokens_per_s": self.num_tokens / self.seconds if self.seconds else 0.0,
-            "seconds": self.seconds,
-        }
-
-    def summary(self) -> str:
-        """One line of figures."""
-        skipped = f", {self.num_skipped} of an earlier run" if self.num_skipped else ""
-        return (
-            "{num_records} records ({num_errors} errors{skipped}), {num_new_tokens} tokens in {seconds:.1f} s: "
-            "{tokens_per_s:.1f} tokens/s, {tokens_per_step:.2f} tokens per step"
-        ).format(**self.as_dict(), skipped=skipped)
 
 
 def run(
@@ -134,29 +91,6 @@ def run(
     if output.kept:
         progress.note(output.kept)
     return totals
-
-
-def answer(chunks: Sequence[Chunk]) -> dict[str, Any]:
-    """A whole stream as the fields of an output record. Raises IncompleteError if it is not whole."""
-    last = chunks[-1] if chunks else None
-    if last is None or last.finish_reason is None or last.usage is None:
-        raise IncompleteError("the stream ended before the answer did")
-    usage = last.usage
-    return {
-        "text": "".join(chunk.text for chunk in chunks),
-        "token_ids": [token for chunk in chunks for token in chunk.token_ids],
-        "finish_reason": last.finish_reason.value,
-        "num_prompt_tokens": usage.num_prompt_tokens,
-        "num_new_tokens": usage.num_new_tokens,
-        "num_steps": usage.num_steps,
-        "tokens_per_step": usage.tokens_per_step,
-        "rows_per_step": usage.rows_per_step,
-        "ttft_s": usage.ttft_s,
-        "latency_s": usage.latency_s,
-        "num_seen_tokens": usage.num_seen_tokens,
-        "kept_last": usage.kept_last,
-        "kept_sum": usage.kept_sum,
-    }
 
 
 def _with_hint(text: str, output: Stream) -> str:
@@ -281,7 +215,7 @@ class _Job:
                 if earlier is not None and earlier.is_answer:
                     future.set_result({})
                 elif isinstance(record, BadRecord):
-                    future.set_result(_error(record.id, record.error))
+                    future.set_result(error_line(record.id, record.error))
                 else:
                     future = self._executor.submit(self._answer, record)
                 self._items.put(_Item(record.id, size, line.end, future, earlier))
@@ -315,7 +249,7 @@ class _Job:
                 is_full = has_no_room_now(error)
                 if not (is_full or is_away(error) or isinstance(error, IncompleteError)):
                     text = str(error) if isinstance(error, OutriderError) else f"{type(error).__name__}: {error}"
-                    return _error(record.id, text)
+                    return error_line(record.id, text)
                 patience_s = self._full_s if is_full else self._away_s
                 if time.monotonic() - max(started_s, self._heard_s) >= patience_s:
                     why = f"nothing was answered for {patience_s:g} s: {error}"
@@ -372,7 +306,7 @@ class _Job:
         if item.earlier is not None and is_skipped:
             self._output.write(item.earlier.line, is_new_answer=False)
         else:
-            self._output.write(_encoded(result), is_new_answer=not is_error)
+            self._output.write(encoded(result), is_new_answer=not is_error)
         self._room.give(item.size)
         totals = self._totals
         totals.num_records += 1
@@ -411,15 +345,3 @@ class _Job:
                     else:  # of equal ids, a later record's answer would be taken for an earlier one's
                         missing.add(item.record_id)
                 item = self._items.get_nowait()
-
-
-def _error(record_id: str | int, text: str) -> dict[str, Any]:
-    return {"id": record_id, "error": text if len(text) <= MAX_ERROR_LENGTH else text[: MAX_ERROR_LENGTH - 3] + "..."}
-
-
-def _encoded(result: dict[str, Any]) -> bytes:
-    """A line of JSON that every reader takes: no NaN, no half of a surrogate pair."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in result.items()
-    }
-    return (json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "replace")

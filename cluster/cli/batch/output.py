@@ -14,18 +14,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import select
 import shutil
 import stat
 import sys
-from collections import deque
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.cli.batch.earlier import Earlier, EarlierLines, entries, merge, sync
 from cluster.cli.batch.records import descriptor
 from runtime.errors import ConfigError, OutriderError
 
@@ -38,15 +35,6 @@ class OutputError(OutriderError):
 
 class ClosedError(OutputError):
     """Nobody reads the output any more."""
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """One line of an earlier run's output."""
-
-    line: bytes
-    is_answer: bool
-    """Else it is an error."""
 
 
 class Stream:
@@ -122,12 +110,12 @@ class File(Stream):
                 self._base = next((path for path in (self._partial, target) if _has_content(path)), None)
             self._path = self._resumed if self._base else self._new if _has_content(target) else target
             if self._base is not None:
-                for _ in _entries(self._base):  # refuses what is not ours to write anew
+                for _ in entries(self._base):  # refuses what is not ours to write anew
                     pass
                 if _has_content(self._resumed):  # of a run that was killed
-                    _merge(self._resumed, self._base)
+                    merge(self._resumed, self._base)
                     self._resumed.replace(self._base)
-                self._earlier = _Lines(self._base)
+                self._earlier = EarlierLines(self._base)
             fd = os.dup(self._held) if self._path == target else _opened(self._path)
         except BaseException:
             self._let_go()
@@ -172,7 +160,7 @@ class File(Stream):
 
     def close(self, is_complete: bool) -> None:
         try:
-            _sync(self._fd)
+            sync(self._fd)
             if self._base is not None:
                 self._close_resumed(self._base, is_complete)
             elif self._path != self._target and is_complete and self._begun:
@@ -192,7 +180,7 @@ class File(Stream):
             self._resumed.unlink()
             return
         try:
-            _merge(self._resumed, base)
+            merge(self._resumed, base)
         except OSError:
             if is_complete:
                 raise
@@ -281,15 +269,6 @@ def _lock(fd: int, path: Path) -> None:
         pass  # a file system that has no locks
 
 
-def _sync(fd: int) -> None:
-    """What is written is on the disk. Raises OSError, as a full disk may do only now."""
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # not every file system can
-            raise
-
-
 def _has_content(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
@@ -305,95 +284,3 @@ def _move(path: Path, target: Path) -> None:
             raise
         shutil.copyfile(path, target)  # should this fail, `path` still has everything
         path.unlink()
-
-
-# What an earlier run has written
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One line of an output."""
-
-    key: str
-    """Its record's id, written so that 1 and "1" differ."""
-    is_answer: bool
-    start: int
-    """Where the line is in the file; bytes."""
-    size: int
-
-
-def _entries(path: Path) -> Iterator[_Entry]:
-    """The lines of an output; what a run that was killed has left of one at the end is none. Raises ConfigError if it
-    is something else."""
-    start = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                fields = json.loads(line.decode("utf-8"))
-                yield _Entry(_key(fields["id"]), "error" not in fields, start, len(line))
-            except (ValueError, TypeError, KeyError, RecursionError):
-                if line.endswith(b"\n"):
-                    problem, remedy = (
-                        f"line {number} is no record of a batch",
-                        "Name another OUT, or leave out --resume.",
-                    )
-                    raise ConfigError("OUT", str(path), problem, remedy) from None
-            start += len(line)
-
-
-def _key(record_id: object) -> str:
-    return json.dumps(record_id)
-
-
-class _Lines:
-    """The lines of an output, each to be taken once, by id. Where they come in the order of the input, as they do
-    unless that has changed, nothing is held in memory but the next."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-        self._ahead = _entries(path)
-        self._passed: dict[str, deque[_Entry]] = {}
-
-    def take(self, record_id: str | int) -> Earlier | None:
-        """The next line with this id."""
-        entry = self.take_entry(_key(record_id))
-        return Earlier(self._read(entry), entry.is_answer) if entry is not None else None
-
-    def rest(self) -> Iterator[bytes]:
-        """The lines that nobody has taken, in their order."""
-        passed = [entry for entries in self._passed.values() for entry in entries]
-        for entry in sorted(passed, key=lambda entry: entry.start):
-            yield self._read(entry)
-        for entry in self._ahead:
-            yield self._read(entry)
-
-    def take_entry(self, key: str) -> _Entry | None:
-        """The same, without reading it."""
-        if passed := self._passed.get(key):
-            entry = passed.popleft()
-            if not passed:
-                del self._passed[key]
-            return entry
-        for entry in self._ahead:
-            if entry.key == key:
-                return entry
-            self._passed.setdefault(entry.key, deque()).append(entry)
-        return None
-
-    def _read(self, entry: _Entry) -> bytes:
-        self._file.seek(entry.start)
-        return self._file.read(entry.size).removesuffix(b"\n") + b"\n"
-
-
-def _merge(scratch: Path, base: Path) -> None:
-    """Write behind the lines of `scratch` those of `base` that it does not have. May be broken off and done again."""
-    lines, size = _Lines(base), 0
-    for entry in _entries(scratch):
-        lines.take_entry(entry.key)
-        size = entry.start + entry.size
-    with scratch.open("r+b") as file:
-        file.truncate(size)  # half a line at the end
-        file.seek(size)
-        file.writelines(lines.rest())
-        file.flush()
-        _sync(file.fileno())

@@ -17,7 +17,7 @@ import grpc
 import pytest
 
 from cluster.cli import batch
-from cluster.cli.batch import job, output, progress, records
+from cluster.cli.batch import job, output, progress, records, results
 from cluster.wire.answers import Chunk
 from cluster.wire.statuses import CallError
 from runtime.errors import ConfigError, InvalidRequestError, ResourceExhaustedError, WorkerError
@@ -252,7 +252,7 @@ def test_an_odd_line_costs_that_record_only(place, line, named):
     totals = place.fill({"id": "before", "prompt": "a"}, line, {"id": "behind", "prompt": "b"}).run()
     before, odd, behind = place.results()
     assert (before["text"], behind["text"], totals.num_errors) == ("a", "b", 1)
-    assert odd["id"] == 2 and len(odd["error"]) <= job.MAX_ERROR_LENGTH
+    assert odd["id"] == 2 and len(odd["error"]) <= results.MAX_ERROR_LENGTH
     assert named in odd["error"] or "k" * 1000 in odd["error"]
 
 
@@ -290,7 +290,7 @@ def test_a_line_may_be_long_but_not_endless(place, monkeypatch):
 
 
 def test_no_output_line_has_what_other_readers_refuse():
-    line = job._encoded({"id": "\ud83d", "error": "\udc00", "ttft_s": float("nan"), "latency_s": float("inf")})
+    line = results.encoded({"id": "\ud83d", "error": "\udc00", "ttft_s": float("nan"), "latency_s": float("inf")})
     assert json.loads(line.decode("utf-8")) == {"id": "?", "error": "?", "ttft_s": None, "latency_s": None}
 
 

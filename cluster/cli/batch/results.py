@@ -1,0 +1,90 @@
+"""The lines of the output, and what a batch comes to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.wire.answers import Chunk
+from runtime.errors import OutriderError
+
+MAX_ERROR_LENGTH = 2000
+
+
+class IncompleteError(OutriderError):
+    """An answer has ended without its last chunk."""
+
+
+@dataclass
+class Totals:
+    """What a batch has come to."""
+
+    num_records: int = 0
+    """Lines of the output that stand for a record of the input: answers, errors, and those of an earlier run."""
+    num_errors: int = 0
+    num_skipped: int = 0
+    """Answered by an earlier run."""
+    num_retries: int = 0
+    """How often a request was made again."""
+    num_tokens: int = 0
+    num_steps: int = 0
+    seconds: float = 0.0
+    first_error: str = ""
+
+    def as_dict(self) -> dict[str, float]:
+        return {
+            "num_records": self.num_records,
+            "num_errors": self.num_errors,
+            "num_skipped": self.num_skipped,
+            "num_retries": self.num_retries,
+            "num_new_tokens": self.num_tokens,
+            "tokens_per_step": self.num_tokens / self.num_steps if self.num_steps else 0.0,
+            "tokens_per_s": self.num_tokens / self.seconds if self.seconds else 0.0,
+            "seconds": self.seconds,
+        }
+
+    def summary(self) -> str:
+        """One line of figures."""
+        skipped = f", {self.num_skipped} of an earlier run" if self.num_skipped else ""
+        return (
+            "{num_records} records ({num_errors} errors{skipped}), {num_new_tokens} tokens in {seconds:.1f} s: "
+            "{tokens_per_s:.1f} tokens/s, {tokens_per_step:.2f} tokens per step"
+        ).format(**self.as_dict(), skipped=skipped)
+
+
+def answer(chunks: Sequence[Chunk]) -> dict[str, Any]:
+    """A whole stream as the fields of an output record. Raises IncompleteError if it is not whole."""
+    last = chunks[-1] if chunks else None
+    if last is None or last.finish_reason is None or last.usage is None:
+        raise IncompleteError("the stream ended before the answer did")
+    usage = last.usage
+    return {
+        "text": "".join(chunk.text for chunk in chunks),
+        "token_ids": [token for chunk in chunks for token in chunk.token_ids],
+        "finish_reason": last.finish_reason.value,
+        "num_prompt_tokens": usage.num_prompt_tokens,
+        "num_new_tokens": usage.num_new_tokens,
+        "num_steps": usage.num_steps,
+        "tokens_per_step": usage.tokens_per_step,
+        "rows_per_step": usage.rows_per_step,
+        "ttft_s": usage.ttft_s,
+        "latency_s": usage.latency_s,
+        "num_seen_tokens": usage.num_seen_tokens,
+        "kept_last": usage.kept_last,
+        "kept_sum": usage.kept_sum,
+    }
+
+
+def error_line(record_id: str | int, text: str) -> dict[str, Any]:
+    return {"id": record_id, "error": text if len(text) <= MAX_ERROR_LENGTH else text[: MAX_ERROR_LENGTH - 3] + "..."}
+
+
+def encoded(result: dict[str, Any]) -> bytes:
+    """A line of JSON that every reader takes: no NaN, no half of a surrogate pair."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in result.items()
+    }
+    return (json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "replace")
