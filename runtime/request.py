@@ -21,7 +21,7 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
     """The caller withdrew the request."""
     ERROR = "error"
-    """The workers failed; `StepOutput.error` says how."""
+    """The model gave no numbers, or the workers failed; `StepOutput.error` and `Completion.error` say it."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class StepOutput:
     usage: Usage
     finish_reason: FinishReason | None = None
     error: str | None = None
+    """What happened, where the finish reason is ERROR."""
 
     @property
     def text_ids(self) -> tuple[int, ...]:
@@ -119,3 +120,5 @@ class Completion:
     usage: Usage
     run_lengths: tuple[int, ...]
     """Tokens each step emitted, in order; they sum to len(token_ids)."""
+    error: str | None = None
+    """What happened, where the finish reason is ERROR; `token_ids` are those before it."""

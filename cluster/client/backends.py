@@ -12,7 +12,7 @@ from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.wire.answers import Chunk, cache_is_full, num_accepted
 from cluster.wire.requests import one_prompt
 from runtime.config import Config
-from runtime.errors import WorkerError
+from runtime.errors import NumericsError, WorkerError
 from runtime.progress import tell
 from runtime.request import FinishReason, Prompt, StepOutput
 
@@ -39,7 +39,7 @@ class Conversation(Protocol):
 
         Parameters not named are the engine's or server's defaults. Asking again stops what is left of the answer
         before. Raises InvalidRequestError, here or with the first chunk; the chunks raise ResourceExhaustedError
-        where the conversation fills its cache, or WorkerError. From a server, all but the first are a CallError.
+        where the conversation fills its cache, NumericsError, or WorkerError. From a server, all but the first are a CallError.
         """
 
     def stop(self) -> None:
@@ -62,7 +62,7 @@ class Backend(Protocol):
     def stream(self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any]) -> Iterator[Chunk]:
         """Continue a prompt; parameters not named are the engine's or server's defaults.
 
-        Raises InvalidRequestError, ResourceExhaustedError or WorkerError. Leaving early withdraws the request.
+        Raises InvalidRequestError, ResourceExhaustedError, NumericsError or WorkerError. Leaving early withdraws the request.
         """
 
     def close(self) -> None:
@@ -140,6 +140,7 @@ class _Answer(Iterator[Chunk]):
         self.ended = False
         """Whether the last chunk has been read, or an error has come in its place."""
         self.request_id = request.request_id
+        self._loop = loop
         self._capacity = engine.capacity
         self._session = session
         self._detokenizer = Detokenizer(engine.tokenizer)
@@ -152,7 +153,8 @@ class _Answer(Iterator[Chunk]):
         output = self._outputs.get()
         self.ended = output.finish_reason is not None
         if output.finish_reason is FinishReason.ERROR:
-            raise WorkerError(output.error or "the workers failed")
+            error = output.error or "the workers failed"
+            raise NumericsError(error) if self._loop.failed is None else WorkerError(error)
         if self._session is not None:
             self._session.take(output)
             if output.finish_reason is FinishReason.LENGTH and not output.usage.num_new_tokens:

@@ -32,6 +32,12 @@ from runtime.workers.executor import Executor, LocalExecutor, MeshExecutor, Work
 from runtime.workers.pool import ProcessPool
 
 
+NO_NUMBERS = (
+    "the model's logits are not finite numbers (NaN or infinity), so there is no next token. Check its weights; where "
+    "model.dtype is float16, values may overflow: choose bfloat16 or float32."
+)
+
+
 @dataclass
 class EngineStats:
     """Counters since the engine started."""
@@ -266,8 +272,9 @@ class Engine:
             if reason is not None:
                 self._scheduler.release(sequence.slot)
             self.stats.num_tokens += len(emitted)
-            if emitted:
-                outputs.append(StepOutput(sequence.request.request_id, tuple(emitted), sequence.usage, reason))
+            if emitted or reason is not None:
+                error = NO_NUMBERS if reason is FinishReason.ERROR else None
+                outputs.append(StepOutput(sequence.request.request_id, tuple(emitted), sequence.usage, reason, error))
         return outputs
 
     def _account(self, step: StepPlan, seconds: dict[str, float], **phases: float) -> None:
@@ -346,7 +353,9 @@ class Engine:
         assert last.finish_reason is not None
         lengths = tuple(len(output.token_ids) for output in run if output.token_ids)
         text = self.tokenizer.decode([token for output in run for token in output.text_ids])
-        return Completion(request.request_id, request.prompt_ids, ids, text, last.finish_reason, last.usage, lengths)
+        return Completion(
+            request.request_id, request.prompt_ids, ids, text, last.finish_reason, last.usage, lengths, last.error
+        )
 
     def close(self) -> None:
         """End the workers."""
