@@ -116,6 +116,7 @@ class Completion:
     token_ids: tuple[int, ...]
     """The stop token, if one ended the text, included; `text` leaves it out."""
     text: str
+    """What the text of prompt and answer has beyond that of the prompt: joined they are one text."""
     finish_reason: FinishReason
     usage: Usage
     run_lengths: tuple[int, ...]

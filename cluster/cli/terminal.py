@@ -39,11 +39,14 @@ class TextStream:
         if self._detokenizer is None:
             self._put(chunk.text, accepted=chunk.num_accepted > 0)
         else:
-            own = len(chunk.token_ids) - (chunk.finish_reason is FinishReason.STOP)  # a stop token is no text
-            self._put(self._detokenizer.push(chunk.token_ids[: chunk.num_accepted]), accepted=True)
-            self._put(self._detokenizer.push(chunk.token_ids[chunk.num_accepted : own]), accepted=False)
+            stop = len(chunk.token_ids) - (chunk.finish_reason is FinishReason.STOP)  # a stop token is no text
+            self._detokenizer.push(chunk.token_ids[: chunk.num_accepted])
+            own = self._detokenizer.push(chunk.token_ids[chunk.num_accepted : stop])
             if chunk.finish_reason is not None:
-                self._put(self._detokenizer.flush(), accepted=False)
+                own += self._detokenizer.flush()
+            middle = max(len(chunk.text) - len(own), 0)
+            self._put(chunk.text[:middle], accepted=True)
+            self._put(chunk.text[middle:], accepted=False)
         self._file.flush()
 
     def _put(self, text: str, accepted: bool) -> None:

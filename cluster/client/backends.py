@@ -143,7 +143,7 @@ class _Answer(Iterator[Chunk]):
         self._loop = loop
         self._capacity = engine.capacity
         self._session = session
-        self._detokenizer = Detokenizer(engine.tokenizer)
+        self._detokenizer = Detokenizer(engine.tokenizer, request.prompt_ids)
         self._outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
         loop.submit(request, self._outputs.put)
 

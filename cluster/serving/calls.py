@@ -48,7 +48,7 @@ async def answer(loop: EngineLoop, tokenizer: Tokenizer, request: Request) -> As
 
     loop.submit(request, on_output)
     try:
-        detokenizer = Detokenizer(tokenizer)
+        detokenizer = Detokenizer(tokenizer, request.prompt_ids)
         last = False
         while not last:
             output = await outputs.get()

@@ -25,7 +25,7 @@ from runtime.progress import tell
 from runtime.request import CacheReport, Completion, FinishReason, Prompt, Request, StepOutput
 from runtime.retention import with_separator_ids
 from runtime.step import StepPlan, StepResult
-from runtime.tokenizer import Tokenizer
+from runtime.tokenizer import Detokenizer, Tokenizer
 from runtime.tuning import choose, cost, priming
 from runtime.tuning.cost import CostCurve, RunningCost
 from runtime.workers.executor import Executor, LocalExecutor, MeshExecutor, WorkerPool
@@ -352,7 +352,8 @@ class Engine:
         last = run[-1]
         assert last.finish_reason is not None
         lengths = tuple(len(output.token_ids) for output in run if output.token_ids)
-        text = self.tokenizer.decode([token for output in run for token in output.text_ids])
+        detokenizer = Detokenizer(self.tokenizer, request.prompt_ids)
+        text = detokenizer.push(token for output in run for token in output.text_ids) + detokenizer.flush()
         return Completion(
             request.request_id, request.prompt_ids, ids, text, last.finish_reason, last.usage, lengths, last.error
         )

@@ -115,7 +115,7 @@ class Sequence:
         # The last token needs no guesses.
         if self._guesser is not None and rows.root >= 0 and missing > 1 and not self._doubtful:
             self._guesser.lay_out(rows, room)
-            max_depth = min(horizon - 1 - rows.positions[rows.root], missing - 1)
+            max_depth = min(horizon - 1 - rows.positions[rows.root], missing - 1, HISTORY)  # it fits an int of C++
             self._step.tree = self._guesser.plant(rows, self.text, max_depth)
         return self._step
 
