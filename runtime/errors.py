@@ -43,4 +43,4 @@ class WorkerError(OutriderError):
 
 
 class NumericsError(OutriderError):
-    """The model gave no next token, since its logits are NaN or infinite (DATA_LOSS); other requests are not touched."""
+    """The model gave no next token, since its logits are NaN or infinite (DATA_LOSS); others live on."""

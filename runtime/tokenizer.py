@@ -121,12 +121,12 @@ class Tokenizer:
         if not any(spelling in lowered for spelling in self._lowered_specials):  # far quicker than the expression
             return self._apply_template(messages), self._encode_rendered
         # Names in contents are marked, those that are not are the template's own.
-        mark = next(letter for letter in map(chr, range(0xE000, 0xF900)) if not any(letter in text for text in contents))
+        mark = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in lowered)
         marked = self._apply_template(self._with_names(messages, lambda name: name[0] + mark + name[1:]))
         without = self._apply_template(self._with_names(messages, lambda name: "x" * len(name)))
         own = self._special.findall(marked)
         if own != self._special.findall(without):
-            problem = "a content spells a special token, and the chat template changes it so that it cannot be told apart"
+            problem = "a content spells a special token, and the chat template hides that it is the content's"
             raise InvalidRequestError("messages", list(messages), problem, "Leave the special token's name out.")
         guarded = self._guarded_encoder(messages)
         return guarded.with_structure(self._special, marked).replace(mark, ""), guarded.encode
@@ -150,7 +150,8 @@ class Tokenizer:
 
     def _apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
         if self._tokenizer.chat_template is None:
-            problem, remedy = "the model has no chat template", "Send plain text or token ids instead."
+            problem = "the model has no chat template"
+            remedy = "Send plain text or token ids instead (on the command line: --raw)."
             raise InvalidRequestError("messages", list(messages), problem, remedy)
         try:
             rendered = self._tokenizer.apply_chat_template(
@@ -237,9 +238,7 @@ class _GuardedEncoder:
         state = json.loads(backend)
         secret = secrets.token_hex(8)
         self._names = {
-            token["content"]: f"<|{secret} {token['id']}|>"
-            for token in state["added_tokens"]
-            if token["special"]
+            token["content"]: f"<|{secret} {token['id']}|>" for token in state["added_tokens"] if token["special"]
         }
         for token in state["added_tokens"]:
             token["content"] = self._names.get(token["content"], token["content"])
@@ -267,8 +266,9 @@ class Detokenizer:
     A piece never ends inside a character: bytes that may still become one are held back, but never more
     than four tokens. The pieces and the flush, joined, are what the text of all ids, those `after` which the sequence
     comes included, has beyond the text of those alone: the space before a first word belongs to it, and so does a
-    character that it completes. The one exception is a byte-fallback vocabulary (SentencePiece) that was given invalid UTF-8, or several U+FFFD spelt in bytes: its decoder
-    takes back even the valid characters beside invalid bytes, here they stay.
+    character that it completes. The one exception is a byte-fallback vocabulary (SentencePiece) that was given invalid
+    UTF-8, or several U+FFFD spelt in bytes: its decoder takes back even the valid characters beside invalid bytes, here
+    they stay.
 
     `tokenizers.decoders.DecodeStream` does nearly this, but has no way to flush, and withholds text for as long as
     it ends in a replacement character.

@@ -14,6 +14,7 @@ from cluster.wire.requests import one_prompt
 from runtime.config import Config
 from runtime.errors import NumericsError, WorkerError
 from runtime.progress import tell
+from runtime.prompts import as_prompt, kind_of
 from runtime.request import FinishReason, Prompt, StepOutput
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class Conversation(Protocol):
 
         Parameters not named are the engine's or server's defaults. Asking again stops what is left of the answer
         before. Raises InvalidRequestError, here or with the first chunk; the chunks raise ResourceExhaustedError
-        where the conversation fills its cache, NumericsError, or WorkerError. From a server, all but the first are a CallError.
+        where the conversation fills its cache, NumericsError, or WorkerError. From a server, all but the first are a
+        CallError.
         """
 
     def stop(self) -> None:
@@ -62,7 +64,8 @@ class Backend(Protocol):
     def stream(self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any]) -> Iterator[Chunk]:
         """Continue a prompt; parameters not named are the engine's or server's defaults.
 
-        Raises InvalidRequestError, ResourceExhaustedError, NumericsError or WorkerError. Leaving early withdraws the request.
+        Raises InvalidRequestError, ResourceExhaustedError, NumericsError or WorkerError. Leaving early withdraws the
+        request.
         """
 
     def close(self) -> None:
@@ -218,13 +221,9 @@ class Remote:
         self._client = Client(address)
 
     def stream(self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any]) -> Iterator[Chunk]:
-        given: dict[str, Any]
-        if isinstance(prompt, str):
-            given = {"prompt": prompt}
-        elif prompt and isinstance(prompt[0], Mapping):
-            given = {"messages": prompt}
-        else:
-            given = {"token_ids": prompt}
+        prompt = as_prompt(prompt)
+        kind = kind_of(prompt)
+        given: dict[str, Any] = {"prompt" if kind == "text" else kind: prompt}
         with self._client.generate(**given, sampling=sampling, lookahead=lookahead) as chunks:
             yield from chunks
 

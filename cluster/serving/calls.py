@@ -33,8 +33,8 @@ async def answer(loop: EngineLoop, tokenizer: Tokenizer, request: Request) -> As
     """Run a request: each step's output, and the text that became certain with it.
 
     Raises what `EngineLoop.submit` raises, NumericsError if the model gives no numbers, and WorkerError if the workers
-    fail meanwhile; that the request was cancelled is an output like others. Leaving early (close the iterator) withdraws
-    the request.
+    fail meanwhile; that the request was cancelled is an output like others. Leaving early (close the iterator)
+    withdraws the request.
     """
     events = asyncio.get_running_loop()
     # At most max_new_tokens outputs ever wait here, so a slow reader holds up nobody but itself.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from runtime.config import Config, LookaheadConfig, SamplingParams
+from runtime.config import Config, LookaheadConfig, SamplingParams, Section
 from runtime.engine.scheduler import TOP_K, Scheduler, Step
 from runtime.engine.session import Session
 from runtime.errors import InvalidRequestError
@@ -22,6 +22,7 @@ from runtime.model.loader import load_spec, resolve_model
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.progress import tell
+from runtime.prompts import as_prompt, as_prompts, kind_of
 from runtime.request import CacheReport, Completion, FinishReason, Prompt, Request, StepOutput
 from runtime.retention import with_separator_ids
 from runtime.step import StepPlan, StepResult
@@ -31,11 +32,13 @@ from runtime.tuning.cost import CostCurve, RunningCost
 from runtime.workers.executor import Executor, LocalExecutor, MeshExecutor, WorkerPool
 from runtime.workers.pool import ProcessPool
 
-
 NO_NUMBERS = (
     "the model's logits are not finite numbers (NaN or infinity), so there is no next token. Check its weights; where "
     "model.dtype is float16, values may overflow: choose bfloat16 or float32."
 )
+
+
+S = TypeVar("S", bound=Section)
 
 
 @dataclass
@@ -130,19 +133,21 @@ class Engine:
     def make_request(
         self,
         prompt: Prompt,
-        sampling: SamplingParams | None = None,
-        lookahead: LookaheadConfig | None = None,
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
+        lookahead: LookaheadConfig | Mapping[str, Any] | None = None,
         request_id: str | None = None,
         session: Session | None = None,
     ) -> Request:
-        """Tokenise a prompt; parameters not given are the run's defaults. Raises InvalidRequestError.
+        """Tokenise a prompt (`runtime.prompts.as_prompt` says what may be one); parameters not given, or not named in a
+        mapping, are the run's defaults. Raises InvalidRequestError.
 
         With a `session`, the request is its next turn, and the prompt what the turn appends. Safe from any thread.
         """
         goes_on = session is not None and session.num_turns > 0
+        prompt = as_prompt(prompt)
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, add_special_tokens=not goes_on)
-        elif prompt and isinstance(prompt[0], Mapping):
+        elif kind_of(prompt) == "messages":
             messages: Sequence[Mapping[str, str]] = prompt  # type: ignore[assignment]
             after = session.last_token if session is not None else None
             ids = self.tokenizer.encode_turn(messages, after) if goes_on else self.tokenizer.encode_chat(messages)
@@ -151,8 +156,8 @@ class Engine:
         request = Request(
             request_id=request_id if request_id is not None else f"request-{next(self._ids)}",
             prompt_ids=tuple(ids),
-            sampling=sampling or self.config.sampling,
-            lookahead=lookahead or self.config.lookahead,
+            sampling=_parameters("sampling", sampling, self.config.sampling),
+            lookahead=_parameters("lookahead", lookahead, self.config.lookahead),
             session_id=session.session_id if session is not None else None,
         )
         self.validate(request)
@@ -305,12 +310,18 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingParams | None = None,
-        lookahead: LookaheadConfig | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
+        lookahead: LookaheadConfig | Mapping[str, Any] | None = None,
     ) -> list[Completion]:
-        """Continue every prompt, all in company; answers come in the order of the prompts."""
-        requests = [self.make_request(prompt, sampling, lookahead) for prompt in prompts]
+        """Continue every prompt, all in company; answers come in the order of the prompts, for one prompt as a list of
+        one.
+
+        A prompt is a text, token ids (a list, numpy's or torch's array of one dimension), or chat messages. Where the
+        model gives no numbers for one, its finish reason is ERROR and its `error` says so; the others go on. Raises
+        InvalidRequestError before anything has run, WorkerError if the workers fail.
+        """
+        requests = [self.make_request(prompt, sampling, lookahead) for prompt in as_prompts(prompts)]
         runs: dict[str, list[StepOutput]] = {request.request_id: [] for request in requests}
         pending = deque(requests)
         while pending or any(not run or run[-1].finish_reason is None for run in runs.values()):
@@ -324,11 +335,11 @@ class Engine:
     def stream(
         self,
         prompt: Prompt,
-        sampling: SamplingParams | None = None,
-        lookahead: LookaheadConfig | None = None,
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
+        lookahead: LookaheadConfig | Mapping[str, Any] | None = None,
         session: Session | None = None,
     ) -> Iterator[StepOutput]:
-        """Continue one prompt, step by step, as the next turn of `session` if there is one.
+        """Continue one prompt, as in `generate`, step by step, as the next turn of `session` if there is one.
 
         Leaving the iterator early withdraws the request.
         """
@@ -367,3 +378,13 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _parameters(name: str, given: S | Mapping[str, Any] | None, defaults: S) -> S:
+    """A request's own parameters. Raises InvalidRequestError."""
+    if given is None or isinstance(given, type(defaults)):
+        return given or defaults
+    if isinstance(given, Mapping):
+        return defaults.merged(given, f"{name}.")
+    remedy = f"Hand in {type(defaults).__name__}(...), or a mapping of what differs from the run's."
+    raise InvalidRequestError(name, given, f"is of type {type(given).__name__}", remedy)

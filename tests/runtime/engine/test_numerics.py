@@ -111,7 +111,7 @@ def test_the_loop_and_conversations_live_on(broken):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize(("kernels", "dtype"), KERNELS)
 def test_a_single_row_of_the_head(tmp_path, kernels, dtype, value):
-    """One token's logit is NaN or infinite, of either sign as the hidden state goes: -inf is no fault, the others are."""
+    """Infinite weights times hidden values of both signs are NaN, whatever the kernel sums first."""
     path = spoilt(tmp_path, "lm_head.weight", [77], value)
     with opened(path, kernels=kernels, dtype=dtype) as engine:
         for seed in range(6):
