@@ -40,3 +40,7 @@ class ResourceExhaustedError(FieldError):
 
 class WorkerError(OutriderError):
     """The workers cannot be reached or have failed (UNAVAILABLE)."""
+
+
+class NumericsError(OutriderError):
+    """The model gave no next token, since its logits are NaN or infinite (DATA_LOSS); others live on."""

@@ -21,7 +21,7 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
     """The caller withdrew the request."""
     ERROR = "error"
-    """The workers failed; `StepOutput.error` says how."""
+    """The model gave no numbers, or the workers failed; `StepOutput.error` and `Completion.error` say it."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class StepOutput:
     usage: Usage
     finish_reason: FinishReason | None = None
     error: str | None = None
+    """What happened, where the finish reason is ERROR."""
 
     @property
     def text_ids(self) -> tuple[int, ...]:
@@ -115,7 +116,10 @@ class Completion:
     token_ids: tuple[int, ...]
     """The stop token, if one ended the text, included; `text` leaves it out."""
     text: str
+    """What the text of prompt and answer has beyond that of the prompt: joined they are one text."""
     finish_reason: FinishReason
     usage: Usage
     run_lengths: tuple[int, ...]
     """Tokens each step emitted, in order; they sum to len(token_ids)."""
+    error: str | None = None
+    """What happened, where the finish reason is ERROR; `token_ids` are those before it."""

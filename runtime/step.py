@@ -20,6 +20,10 @@ TOP_BITS = 8
 """Low bits of a packed likeliest token: its log-probability, in sixteenths of a nat below zero, at most 255 of them."""
 
 
+NOT_A_NUMBER = -2
+"""In a token's place: the row's largest logit is NaN or infinite, so the model has none to give."""
+
+
 class Choose(IntEnum):
     """What a row's logits are for."""
 
@@ -105,8 +109,8 @@ class StepPlan:
 class StepResult:
     """What a step gave: one token per row that chose one, and where the time went."""
 
-    tokens: Int32  # [T]; -1 for rows that chose none
-    top: Int32  # [T, top_k] likeliest tokens, packed (runtime.model.sampler.top_tokens); zeros for rows that chose none
+    tokens: Int32  # [T]; -1 for rows that chose none, NOT_A_NUMBER for those that could not
+    top: Int32  # [T, top_k] likeliest tokens, packed (runtime.model.sampler.top_tokens); zeros for rows without a token
     seconds: dict[str, float]
     """broadcast, forward, gather: seconds of each part, as the coordinator saw them."""
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import itertools
+import json
+import re
+import secrets
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +17,9 @@ ROLES = ("system", "user", "assistant", "tool")
 REPLACEMENT = "\ufffd"  # what decoders put for bytes that are not (yet) a character
 PAPER_SEPARATORS = (".", ",", "?", "!", ";", ":", " ", "\t", "\n")
 """The separators of SepLLM (Chen et al., 2024, arXiv 2412.12094)."""
+
+
+Encode = Callable[[str], list[int]]
 
 
 class Tokenizer:
@@ -37,9 +45,16 @@ class Tokenizer:
         """Ids the tokenizer knows; the model's embedding may have more rows."""
         added = tokenizer.added_tokens_decoder
         self._special_ids = {token_id for token_id, token in added.items() if token.special}
+        spellings = sorted((added[token_id].content for token_id in self._special_ids), key=len, reverse=True)
+        self._lowered_specials = {spelling.lower() for spelling in spellings}
+        self._special = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
+        self._resembles_special = re.compile(self._special.pattern, re.IGNORECASE)  # a template may change the case
+        self._guarded: _GuardedEncoder | None = None  # made when it is first needed
+        self._making_guarded = threading.Lock()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`, with the special tokens that the tokenizer adds by default, or without them.
+        """Ids of `text`, with the special tokens that the tokenizer adds by default, or without them. A special token's
+        name in the text stands for the token: raw text may have structure.
 
         Raises InvalidRequestError if the text is not valid Unicode.
         """
@@ -49,11 +64,17 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation in the model's chat template, up to where the assistant's answer begins.
 
-        Each message is {"role": one of ROLES, "content": text}. Raises InvalidRequestError if a message is
-        malformed, or if the model has no template or one that refuses the conversation.
+        Each message is {"role": one of ROLES, "content": text}. What the template writes may be special tokens; a
+        special token's name in a content is plain text, and so cannot end the message or begin another. (The template
+        is given such a name with a character of private use behind its first letter. A template that looks for special
+        tokens in contents does not find them; one that drops the character is refused for such contents.)
+
+        Raises InvalidRequestError if a message is malformed, or if the model has no template or one that refuses the
+        conversation.
         """
         _check_messages(messages)
-        return self._encode_rendered(self._render(messages))
+        rendered, encode = self._render(messages)
+        return encode(rendered)
 
     def encode_turn(self, messages: Sequence[Mapping[str, str]], after: int | None) -> list[int]:
         """Ids that continue a conversation behind an assistant's answer: what the chat template puts between the end
@@ -68,17 +89,17 @@ class Tokenizer:
         while any(marker in message["content"] for message in messages):
             marker += "0"
         past = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": marker}]
-        rendered = self._render([*past, *messages])
+        rendered, encode = self._render([*past, *messages])
         if rendered.count(marker) != 1:
             problem = "the model's chat template does not keep earlier answers as they are"
             raise InvalidRequestError("messages", list(messages), problem, "Send plain text or token ids instead.")
         # Encoded together, since some tokenizers treat the beginning of a text otherwise than its inside.
-        answer = self._encode_rendered(marker)
-        ids = self._encode_rendered(rendered[rendered.index(marker) :])
+        answer = encode(marker)
+        ids = encode(rendered[rendered.index(marker) :])
         if ids[: len(answer)] == answer:
             ids = ids[len(answer) :]
         else:
-            ids = self._encode_rendered(rendered[rendered.index(marker) + len(marker) :])
+            ids = encode(rendered[rendered.index(marker) + len(marker) :])
         if after in self._special_ids and after in ids:
             end = ids.index(after)
             if not self.decode(ids[:end]).strip():  # Llama 2 has a space before the end of a turn
@@ -93,10 +114,44 @@ class Tokenizer:
         except InvalidRequestError:
             return self.encode("") or self._encode_rendered("\n")
 
-    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The conversation in the chat template, up to where the assistant's answer begins."""
+    def _render(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, Encode]:
+        """The conversation in the chat template, up to where the assistant's answer begins, and what encodes it."""
+        contents = [message["content"] for message in messages]
+        lowered = "\n".join(contents).lower()
+        if not any(spelling in lowered for spelling in self._lowered_specials):  # far quicker than the expression
+            return self._apply_template(messages), self._encode_rendered
+        # Names in contents are marked, those that are not are the template's own.
+        mark = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in lowered)
+        marked = self._apply_template(self._with_names(messages, lambda name: name[0] + mark + name[1:]))
+        without = self._apply_template(self._with_names(messages, lambda name: "x" * len(name)))
+        own = self._special.findall(marked)
+        if own != self._special.findall(without):
+            problem = "a content spells a special token, and the chat template hides that it is the content's"
+            raise InvalidRequestError("messages", list(messages), problem, "Leave the special token's name out.")
+        guarded = self._guarded_encoder(messages)
+        return guarded.with_structure(self._special, marked).replace(mark, ""), guarded.encode
+
+    def _with_names(self, messages: Sequence[Mapping[str, str]], put: Callable[[str], str]) -> list[dict[str, str]]:
+        """The messages, what resembles a special token's name in their contents replaced."""
+        return [
+            {**message, "content": self._resembles_special.sub(lambda found: put(found[0]), message["content"])}
+            for message in messages
+        ]
+
+    def _guarded_encoder(self, messages: Sequence[Mapping[str, str]]) -> _GuardedEncoder:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            problem = "a content spells a special token, and this model's tokenizer cannot read it as plain text"
+            raise InvalidRequestError("messages", list(messages), problem, "Leave the special token's name out.")
+        with self._making_guarded:
+            if self._guarded is None:
+                self._guarded = _GuardedEncoder(backend.to_str())
+        return self._guarded
+
+    def _apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
         if self._tokenizer.chat_template is None:
-            problem, remedy = "the model has no chat template", "Send plain text or token ids instead."
+            problem = "the model has no chat template"
+            remedy = "Send plain text or token ids instead (on the command line: --raw)."
             raise InvalidRequestError("messages", list(messages), problem, remedy)
         try:
             rendered = self._tokenizer.apply_chat_template(
@@ -173,13 +228,47 @@ class Tokenizer:
         return [text[start:] for text in texts]
 
 
+class _GuardedEncoder:
+    """The same tokenizer, but its special tokens have names that nobody can spell."""
+
+    def __init__(self, backend: str) -> None:
+        """`backend`: the tokenizer, as `tokenizers` writes it."""
+        from tokenizers import Tokenizer as Backend
+
+        state = json.loads(backend)
+        secret = secrets.token_hex(8)
+        self._names = {
+            token["content"]: f"<|{secret} {token['id']}|>" for token in state["added_tokens"] if token["special"]
+        }
+        for token in state["added_tokens"]:
+            token["content"] = self._names.get(token["content"], token["content"])
+        model = state["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {self._names.get(text, text): token_id for text, token_id in model["vocab"].items()}
+        else:
+            model["vocab"] = [[self._names.get(text, text), score] for text, score in model["vocab"]]
+        if model.get("unk_token") in self._names:
+            model["unk_token"] = self._names[model["unk_token"]]
+        state["post_processor"] = None  # it adds what a template has written
+        self._backend = Backend.from_str(json.dumps(state))
+
+    def with_structure(self, special: re.Pattern[str], text: str) -> str:
+        """`text`, the special tokens that it names spelt as they are here."""
+        return special.sub(lambda found: self._names[found[0]], text)
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+
 class Detokenizer:
     """Text of a growing token sequence, piece by piece; the pieces do not depend on how the ids come grouped.
 
     A piece never ends inside a character: bytes that may still become one are held back, but never more
-    than four tokens. The pieces and the flush, joined, are `tokenizer.decode` of all ids. The one exception is a
-    byte-fallback vocabulary (SentencePiece) that was given invalid UTF-8, or several U+FFFD spelt in bytes: its decoder
-    takes back even the valid characters beside invalid bytes, here they stay.
+    than four tokens. The pieces and the flush, joined, are what the text of all ids, those `after` which the sequence
+    comes included, has beyond the text of those alone: the space before a first word belongs to it, and so does a
+    character that it completes. The one exception is a byte-fallback vocabulary (SentencePiece) that was given invalid
+    UTF-8, or several U+FFFD spelt in bytes: its decoder takes back even the valid characters beside invalid bytes, here
+    they stay.
 
     `tokenizers.decoders.DecodeStream` does nearly this, but has no way to flush, and withholds text for as long as
     it ends in a replacement character.
@@ -188,18 +277,44 @@ class Detokenizer:
     MAX_HELD = 4
     """A character has at most four bytes, so four tokens complete whatever character can be completed."""
     MAX_WINDOW = 32
+    MIN_CONTEXT = 8
+    """Tokens before the sequence that are decoded along with it."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         # Only the window's tokens are decoded anew. It starts where a character starts, one piece back: decoders
         # treat the first token of a text otherwise than the same token further on (its leading space).
         self._window: list[int] = []
         self._shown = ""  # the text of the window that has been handed out
         self._num_pending = 0  # tokens at the window's end that are not, or not wholly, in _shown
+        self._owed = ""  # what of the text before is not certain yet: an incomplete character
+        if after:
+            self._begin_behind(after)
+
+    def _begin_behind(self, after: Sequence[int]) -> None:
+        before = [token_id for token_id in after[-4 * self.MAX_WINDOW :] if self._tokenizer.shows(token_id)]
+        # What begins inside a character, or ends in one, shows replacement characters.
+        for num_pending, count in itertools.product(range(self.MAX_HELD), range(self.MAX_HELD)):
+            window = before[-(self.MIN_CONTEXT + count) :]
+            shown = self._tokenizer.decode(window[: len(window) - num_pending])
+            if REPLACEMENT not in shown:
+                break
+        else:
+            num_pending = 0
+        whole = self._tokenizer.decode(window)
+        self._restart(window, shown if num_pending else whole, num_pending)
+        if num_pending:
+            self._owed = whole[len(shown) :] if whole.startswith(shown) else REPLACEMENT * num_pending
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that became certain with these ids."""
-        return "".join(self._push(token_id) for token_id in ids if self._tokenizer.shows(token_id))
+        return "".join(self._own(self._push(token_id)) for token_id in ids if self._tokenizer.shows(token_id))
+
+    def _own(self, piece: str) -> str:
+        """The piece without what of it belongs to the text before."""
+        while piece and self._owed:
+            piece, self._owed = (piece[1:], self._owed[1:]) if piece[0] == self._owed[0] else (piece, "")
+        return piece
 
     def flush(self) -> str:
         """What is still held back; incomplete characters come as replacement characters."""
@@ -209,7 +324,7 @@ class Detokenizer:
         else:
             rest = self._tokenizer.decode(self._window[len(self._window) - self._num_pending :])
         self._restart([], "")
-        return rest
+        return self._own(rest)
 
     def _push(self, token_id: int) -> str:
         self._window.append(token_id)
@@ -223,9 +338,7 @@ class Detokenizer:
             piece = self._tokenizer.decode(window)
             self._restart(window, piece)
             return piece
-        # An incomplete character of up to three bytes shows as one to three replacement characters.
-        num_unsure = min(len(text) - len(text.rstrip(REPLACEMENT)), 3)
-        stop = max(len(text) - num_unsure, len(self._shown))
+        stop = max(len(_certain(text)), len(self._shown))
         piece, self._shown = text[len(self._shown) : stop], text[:stop]
         if stop == len(text):
             window = self._window[len(self._window) - self._num_pending :]
@@ -238,8 +351,14 @@ class Detokenizer:
             self._shown = self._tokenizer.decode(self._window).removesuffix(tail)
         return piece
 
-    def _restart(self, window: list[int], shown: str) -> None:
-        self._window, self._shown, self._num_pending = window, shown, 0
+    def _restart(self, window: list[int], shown: str, num_pending: int = 0) -> None:
+        self._window, self._shown, self._num_pending = window, shown, num_pending
+
+
+def _certain(text: str) -> str:
+    """A text's beginning, without what may be an incomplete character: of up to three bytes, it shows as one to three
+    replacement characters."""
+    return text[: len(text) - min(len(text) - len(text.rstrip(REPLACEMENT)), 3)]
 
 
 def _is_row_of(parts: Collection[str], text: str) -> bool:

@@ -14,11 +14,11 @@ from typing import Any
 
 import grpc
 
-from cluster.cli import terminal
+from cluster.cli import streams, terminal
 from cluster.client.backends import Backend, Conversation
 from cluster.wire.answers import Chunk
 from cluster.wire.statuses import CallError
-from runtime.errors import InvalidRequestError
+from runtime.errors import InvalidRequestError, NumericsError
 from runtime.request import FinishReason, Usage
 
 HELP = """\
@@ -32,7 +32,8 @@ _ENDS_THE_CONVERSATION_ONLY = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode
 
 
 class Chat:
-    """Lines in, answers out. `interactive`: there is somebody who can mend a mistake, and likes a greeting."""
+    """Lines in, answers out. `raw`: lines are text that goes on, without a chat template. `interactive`: there is
+    somebody who can mend a mistake, and likes a greeting."""
 
     def __init__(
         self,
@@ -41,11 +42,14 @@ class Chat:
         sampling: Mapping[str, Any],
         lookahead: Mapping[str, Any],
         system: str | None = None,
+        raw: bool = False,
         color: bool = False,
         interactive: bool = False,
     ) -> None:
         self._backend, self._sampling, self._lookahead, self._system = backend, sampling, lookahead, system
-        self._color, self._interactive = color, interactive
+        self._raw, self._color, self._interactive = raw, color, interactive
+        self.num_failed = 0
+        """Answers that the model could not give."""
         self._tokenizer = getattr(getattr(backend, "engine", None), "tokenizer", None)
         self._commands = {"/reset": self._reset, "/stats": self._print_stats, "/help": lambda: _say(HELP)}
         self._conversation: Conversation | None = None
@@ -84,30 +88,40 @@ class Chat:
             return
         try:
             self._answer(line)
-        except (InvalidRequestError, CallError) as error:
-            if isinstance(error, CallError) and error.code not in _ENDS_THE_CONVERSATION_ONLY or not self._interactive:
+        except (InvalidRequestError, NumericsError, CallError) as error:
+            failed = isinstance(error, NumericsError) or getattr(error, "code", None) is grpc.StatusCode.DATA_LOSS
+            mendable = not isinstance(error, CallError) or error.code in _ENDS_THE_CONVERSATION_ONLY
+            if not failed and not (mendable and self._interactive):
                 raise
+            self.num_failed += failed
             _say(f"outrider: {error}")
-            if isinstance(error, CallError):
+            if not isinstance(error, InvalidRequestError):
                 self._reset()
 
     def _answer(self, text: str) -> None:
-        message = {"role": "user", "content": text}
-        messages = [message]
+        begins = self._conversation is None
         if self._conversation is None:
             self._conversation = self._backend.converse()
-            if self._system is not None:
-                messages.insert(0, {"role": "system", "content": self._system})
+        turn: dict[str, Any] = {"prompt": text} if self._raw else {"messages": self._messages(text, begins)}
         stream = terminal.TextStream(sys.stdout, self._color, self._tokenizer)
         last: Chunk | None = None
         with _stopped_by_ctrl_c(self._conversation):
-            for last in self._conversation.ask(messages=messages, sampling=self._sampling, lookahead=self._lookahead):
-                stream.write(last)
-        print(flush=True)
+            try:
+                for last in self._conversation.ask(**turn, sampling=self._sampling, lookahead=self._lookahead):
+                    stream.write(last)
+            finally:
+                if last is not None:
+                    print(flush=True)
         assert last is not None and last.usage is not None
         self._usages.append(last.usage)
         notes = {FinishReason.CANCELLED: " (stopped)", FinishReason.LENGTH: " (cut short: see --max-new-tokens)"}
         _say(terminal.summary(last.usage) + notes.get(last.finish_reason or FinishReason.STOP, ""))
+
+    def _messages(self, text: str, begins: bool) -> list[dict[str, str]]:
+        messages = [{"role": "user", "content": text}]
+        if begins and self._system is not None:
+            messages.insert(0, {"role": "system", "content": self._system})
+        return messages
 
     def _reset(self) -> None:
         self._close()
@@ -145,9 +159,10 @@ class Chat:
 
 def make_reader() -> Callable[[], str]:
     """Reads a line from standard input, without its end: with a prompt and a history at a terminal. Raises EOFError."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # bytes that are no text are no reason to end
-    if not sys.stdin.isatty():
+    stdin = streams.require_input()
+    if isinstance(stdin, io.TextIOWrapper):  # bytes that are no text are no reason to end
+        stdin.reconfigure(encoding=None if stdin.isatty() else "utf-8-sig", errors="replace")
+    if not stdin.isatty():
         return _read_line
     import readline  # noqa: F401  input() uses it
 
@@ -165,6 +180,8 @@ def _read_line() -> str:
     line = sys.stdin.readline()
     if not line:
         raise EOFError
+    if "\ufffd" in line:
+        _say("outrider: the line has bytes that are no UTF-8; U+FFFD stands for them")
     return line.removesuffix("\n")
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from cluster.cli import streams
 from cluster.cli.options import (
     AddressOption,
     ColorOption,
@@ -23,7 +25,7 @@ from cluster.cli.options import (
     with_sampling,
 )
 from runtime.config import Config
-from runtime.errors import FieldError, OutriderError
+from runtime.errors import ConfigError, FieldError, OutriderError
 
 if TYPE_CHECKING:
     from cluster.client.backends import Backend
@@ -83,7 +85,7 @@ def generate(
 
     if picture is not None:
         pictures.check(picture, address)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = streams.read_text() if prompt == "-" else prompt
     message: Prompt = [{"role": "user", "content": text}] if chat else text
     backend, defaults = _backend(address, config, set_ or (), lookahead)
     with closing(backend):
@@ -92,17 +94,22 @@ def generate(
         tokenizer = getattr(getattr(backend, "engine", None), "tokenizer", None)
         if not as_json:
             stream = terminal.TextStream(sys.stdout, terminal.wants_color(sys.stdout, color), tokenizer)
-        for chunk in backend.stream(message, defaults["sampling"] | sampling, defaults["lookahead"]):
-            chunks.append(chunk)
-            if stream is not None:
-                stream.write(chunk)
+        try:
+            for chunk in backend.stream(message, defaults["sampling"] | sampling, defaults["lookahead"]):
+                chunks.append(chunk)
+                if stream is not None:
+                    stream.write(chunk)
+        except OutriderError:
+            if chunks and not as_json:
+                print(flush=True)  # what has come is shown; the error has a line of its own
+            raise
         usage = chunks[-1].usage
         assert usage is not None
         if picture is not None:
             assert tokenizer is not None
             pictures.save(picture, text, chunks, tokenizer)
         if as_json:
-            print(json.dumps(batch.answer(chunks), ensure_ascii=False))
+            streams.print_json(batch.answer(chunks))
         else:
             print()
             print(terminal.summary(usage), file=sys.stderr)
@@ -115,6 +122,7 @@ def chat(
     config: ConfigOption = None,
     set_: SetOption = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message to begin with.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template: lines are text that goes on.")] = False,
     lookahead: LookaheadOption = None,
     color: ColorOption = None,
     *,
@@ -125,20 +133,30 @@ def chat(
     Answers go to standard output, figures to standard error. Ctrl-C stops an answer, Ctrl-D ends, /help lists the
     commands. Lines may also be piped in. Under cache policy full a conversation ends when it fills its cache; with
     --set cache.policy=sink, or sep, it may go on for ever.
+
+    A model without a chat template can only continue text. With --raw each line is put behind all that was said, as it
+    is, and the model goes on from there.
     """
     from cluster.cli import chat as chats
     from cluster.cli import terminal
 
+    if raw and system is not None:
+        raise ConfigError("--system", system, "raw text has no system message", "Say it in the first line instead.")
+    interactive = streams.require_input().isatty()
     backend, defaults = _backend(address, config, set_ or (), lookahead)
     with closing(backend):
-        chats.Chat(
+        talk = chats.Chat(
             backend,
             sampling=defaults["sampling"] | sampling,
             lookahead=defaults["lookahead"],
             system=system,
+            raw=raw,
             color=terminal.wants_color(sys.stdout, color),
-            interactive=sys.stdin.isatty(),
-        ).run(chats.make_reader())
+            interactive=interactive,
+        )
+        talk.run(chats.make_reader())
+    if talk.num_failed:
+        raise typer.Exit(1)
 
 
 @app.command(name="batch")
@@ -279,13 +297,29 @@ def _backend(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit codes: 1 something failed, 2 something was asked for that cannot be."""
-    if arguments is None:  # as a program of its own, signals are its to handle
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started is ended
+    if arguments is not None:
+        _run(arguments)
+    # As a program of its own, signals and streams are its to handle.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started is ended
+    streams.prepare_output()
+    try:
+        _run(arguments)
+    finally:
+        streams.finish_output()
+
+
+def _run(arguments: Sequence[str] | None) -> NoReturn:
     try:
         app(args=arguments)
     except OutriderError as error:
         print(f"outrider: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, FieldError) else 1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"outrider: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
+    raise AssertionError("typer exits")
 
 
 if __name__ == "__main__":

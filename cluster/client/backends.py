@@ -12,7 +12,8 @@ from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.wire.answers import Chunk, cache_is_full, num_accepted
 from cluster.wire.requests import one_prompt
 from runtime.config import Config
-from runtime.errors import WorkerError
+from runtime.errors import NumericsError, WorkerError
+from runtime.prompts import as_prompt, kind_of
 from runtime.request import FinishReason, Prompt, StepOutput
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class Conversation(Protocol):
 
         Parameters not named are the engine's or server's defaults. Asking again stops what is left of the answer
         before. Raises InvalidRequestError, here or with the first chunk; the chunks raise ResourceExhaustedError
-        where the conversation fills its cache, or WorkerError. From a server, all but the first are a CallError.
+        where the conversation fills its cache, NumericsError, or WorkerError. From a server, all but the first are a
+        CallError.
         """
 
     def stop(self) -> None:
@@ -61,7 +63,8 @@ class Backend(Protocol):
     def stream(self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any]) -> Iterator[Chunk]:
         """Continue a prompt; parameters not named are the engine's or server's defaults.
 
-        Raises InvalidRequestError, ResourceExhaustedError or WorkerError. Leaving early withdraws the request.
+        Raises InvalidRequestError, ResourceExhaustedError, NumericsError or WorkerError. Leaving early withdraws the
+        request.
         """
 
     def close(self) -> None:
@@ -150,9 +153,10 @@ class _Answer(Iterator[Chunk]):
         self.ended = False
         """Whether the last chunk has been read, or an error has come in its place."""
         self.request_id = request.request_id
+        self._loop = loop
         self._capacity = engine.capacity
         self._session = session
-        self._detokenizer = Detokenizer(engine.tokenizer)
+        self._detokenizer = Detokenizer(engine.tokenizer, request.prompt_ids)
         self._outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
         loop.submit(request, self._outputs.put)
 
@@ -162,7 +166,8 @@ class _Answer(Iterator[Chunk]):
         output = self._outputs.get()
         self.ended = output.finish_reason is not None
         if output.finish_reason is FinishReason.ERROR:
-            raise WorkerError(output.error or "the workers failed")
+            error = output.error or "the workers failed"
+            raise NumericsError(error) if self._loop.failed is None else WorkerError(error)
         if self._session is not None:
             self._session.take(output)
             if output.finish_reason is FinishReason.LENGTH and not output.usage.num_new_tokens:
@@ -226,13 +231,9 @@ class Remote:
         self._client = Client(address)
 
     def stream(self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any]) -> Iterator[Chunk]:
-        given: dict[str, Any]
-        if isinstance(prompt, str):
-            given = {"prompt": prompt}
-        elif prompt and isinstance(prompt[0], Mapping):
-            given = {"messages": prompt}
-        else:
-            given = {"token_ids": prompt}
+        prompt = as_prompt(prompt)
+        kind = kind_of(prompt)
+        given: dict[str, Any] = {"prompt" if kind == "text" else kind: prompt}
         with self._client.generate(**given, sampling=sampling, lookahead=lookahead) as chunks:
             yield from chunks
 

@@ -11,7 +11,7 @@ import grpc
 
 from cluster.wire.statuses import status_of
 from runtime.engine.loop import EngineLoop
-from runtime.errors import WorkerError
+from runtime.errors import NumericsError, WorkerError
 from runtime.request import FinishReason, Request, StepOutput
 from runtime.tokenizer import Detokenizer, Tokenizer
 
@@ -32,8 +32,9 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn
 async def answer(loop: EngineLoop, tokenizer: Tokenizer, request: Request) -> AsyncGenerator[tuple[StepOutput, str]]:
     """Run a request: each step's output, and the text that became certain with it.
 
-    Raises what `EngineLoop.submit` raises, and WorkerError if the workers fail meanwhile; that the request was
-    cancelled is an output like others. Leaving early (close the iterator) withdraws the request.
+    Raises what `EngineLoop.submit` raises, NumericsError if the model gives no numbers, and WorkerError if the workers
+    fail meanwhile; that the request was cancelled is an output like others. Leaving early (close the iterator)
+    withdraws the request.
     """
     events = asyncio.get_running_loop()
     # At most max_new_tokens outputs ever wait here, so a slow reader holds up nobody but itself.
@@ -47,11 +48,13 @@ async def answer(loop: EngineLoop, tokenizer: Tokenizer, request: Request) -> As
 
     loop.submit(request, on_output)
     try:
-        detokenizer = Detokenizer(tokenizer)
+        detokenizer = Detokenizer(tokenizer, request.prompt_ids)
         last = False
         while not last:
             output = await outputs.get()
             if output.finish_reason is FinishReason.ERROR:
+                if loop.failed is None:  # it is the request's own
+                    raise NumericsError(output.error)
                 failed = isinstance(loop.failed, WorkerError)
                 raise WorkerError(output.error) if failed else RuntimeError(output.error)
             last = output.finish_reason is not None

@@ -11,6 +11,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from runtime.config import LookaheadConfig, SamplingParams
 from runtime.errors import InvalidRequestError
+from runtime.prompts import as_messages, as_token_ids
 from runtime.request import Prompt
 
 MAX_ID_LENGTH = 128
@@ -47,12 +48,20 @@ def prompted(
 def one_prompt(
     prompt: str | None, messages: Sequence[Mapping[str, str]] | None, token_ids: Sequence[int] | None
 ) -> tuple[str, Any]:
-    """The one that is given, and its name on the wire. Raises InvalidRequestError if it is not one."""
+    """The one that is given, and its name on the wire. Raises InvalidRequestError if it is not one, or cannot be."""
     given = {"text": prompt, "messages": messages, "token_ids": token_ids}
     kinds = [kind for kind, value in given.items() if value is not None]
     if len(kinds) != 1:
         raise InvalidRequestError("prompt", kinds, "is not one prompt", "Give one of prompt, messages, token_ids.")
-    return kinds[0], given[kinds[0]]
+    name = kinds[0]
+    if name == "messages":
+        return name, as_messages(messages)
+    if name == "token_ids":
+        return name, as_token_ids(token_ids)
+    if not isinstance(prompt, str):
+        remedy = "Hand in a text; token_ids and messages have arguments of their own."
+        raise InvalidRequestError("prompt", prompt, "is no text", remedy)
+    return name, prompt
 
 
 def _message(section: str, kind: Any, values: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from runtime.config import Config, LookaheadConfig, SamplingParams
+from runtime.config import Config, LookaheadConfig, SamplingParams, Section
 from runtime.engine.admission import Admission
 from runtime.engine.scheduler import TOP_K, Scheduler, Step
 from runtime.engine.session import Session
@@ -22,10 +22,11 @@ from runtime.lookahead.knowledge import Knowledge
 from runtime.model.loader import load_spec, resolve_model
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
+from runtime.prompts import as_prompt, as_prompts, kind_of
 from runtime.request import CacheReport, Completion, FinishReason, Prompt, Request, StepOutput
 from runtime.retention import with_separator_ids
 from runtime.step import StepPlan, StepResult
-from runtime.tokenizer import Tokenizer
+from runtime.tokenizer import Detokenizer, Tokenizer
 from runtime.tuning import choose, cost, priming
 from runtime.tuning.cost import CostCurve, Measurement, RunningCost
 from runtime.workers.executor import Executor, LocalExecutor, MeshExecutor, WorkerPool
@@ -33,10 +34,15 @@ from runtime.workers.pool import ProcessPool
 
 MEASURE_AGAIN_S = 300.0
 """How long a measurement that other programs disturbed is left alone."""
-
-Measuring = tuple[Measurement, Iterator[None]]
 LONGEST_ASIDE_S = 0.25
 """Most that a request should have to wait for a step that is timed aside."""
+NO_NUMBERS = (
+    "the model's logits are not finite numbers (NaN or infinity), so there is no next token. Check its weights; where "
+    "model.dtype is float16, values may overflow: choose bfloat16 or float32."
+)
+
+Measuring = tuple[Measurement, Iterator[None]]
+S = TypeVar("S", bound=Section)
 
 
 @dataclass
@@ -158,19 +164,21 @@ class Engine:
     def make_request(
         self,
         prompt: Prompt,
-        sampling: SamplingParams | None = None,
-        lookahead: LookaheadConfig | None = None,
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
+        lookahead: LookaheadConfig | Mapping[str, Any] | None = None,
         request_id: str | None = None,
         session: Session | None = None,
     ) -> Request:
-        """Tokenise a prompt; parameters not given are the run's defaults. Raises InvalidRequestError.
+        """Tokenise a prompt (`runtime.prompts.as_prompt` says what may be one); parameters not given, or not named in a
+        mapping, are the run's defaults. Raises InvalidRequestError.
 
         With a `session`, the request is its next turn, and the prompt what the turn appends. Safe from any thread.
         """
         goes_on = session is not None and session.num_turns > 0
+        prompt = as_prompt(prompt)
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, add_special_tokens=not goes_on)
-        elif prompt and isinstance(prompt[0], Mapping):
+        elif kind_of(prompt) == "messages":
             messages: Sequence[Mapping[str, str]] = prompt  # type: ignore[assignment]
             after = session.last_token if session is not None else None
             ids = self.tokenizer.encode_turn(messages, after) if goes_on else self.tokenizer.encode_chat(messages)
@@ -179,8 +187,8 @@ class Engine:
         request = Request(
             request_id=request_id if request_id is not None else f"request-{next(self._ids)}",
             prompt_ids=tuple(ids),
-            sampling=sampling or self.config.sampling,
-            lookahead=lookahead or self.config.lookahead,
+            sampling=_parameters("sampling", sampling, self.config.sampling),
+            lookahead=_parameters("lookahead", lookahead, self.config.lookahead),
             session_id=session.session_id if session is not None else None,
         )
         self.validate(request)
@@ -312,8 +320,9 @@ class Engine:
             if reason is not None:
                 self._scheduler.release(sequence.slot)
             self.stats.num_tokens += len(emitted)
-            if emitted:
-                outputs.append(StepOutput(sequence.request.request_id, tuple(emitted), sequence.usage, reason))
+            if emitted or reason is not None:
+                error = NO_NUMBERS if reason is FinishReason.ERROR else None
+                outputs.append(StepOutput(sequence.request.request_id, tuple(emitted), sequence.usage, reason, error))
         return outputs
 
     def _account(self, step: StepPlan, seconds: dict[str, float], **phases: float) -> None:
@@ -344,12 +353,18 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingParams | None = None,
-        lookahead: LookaheadConfig | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
+        lookahead: LookaheadConfig | Mapping[str, Any] | None = None,
     ) -> list[Completion]:
-        """Continue every prompt, all in company; answers come in the order of the prompts."""
-        requests = [self.make_request(prompt, sampling, lookahead) for prompt in prompts]
+        """Continue every prompt, all in company; answers come in the order of the prompts, for one prompt as a list of
+        one.
+
+        A prompt is a text, token ids (a list, numpy's or torch's array of one dimension), or chat messages. Where the
+        model gives no numbers for one, its finish reason is ERROR and its `error` says so; the others go on. Raises
+        InvalidRequestError before anything has run, WorkerError if the workers fail.
+        """
+        requests = [self.make_request(prompt, sampling, lookahead) for prompt in as_prompts(prompts)]
         runs: dict[str, list[StepOutput]] = {request.request_id: [] for request in requests}
         pending = deque(requests)
         while pending or any(not run or run[-1].finish_reason is None for run in runs.values()):
@@ -363,11 +378,11 @@ class Engine:
     def stream(
         self,
         prompt: Prompt,
-        sampling: SamplingParams | None = None,
-        lookahead: LookaheadConfig | None = None,
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
+        lookahead: LookaheadConfig | Mapping[str, Any] | None = None,
         session: Session | None = None,
     ) -> Iterator[StepOutput]:
-        """Continue one prompt, step by step, as the next turn of `session` if there is one.
+        """Continue one prompt, as in `generate`, step by step, as the next turn of `session` if there is one.
 
         Leaving the iterator early withdraws the request.
         """
@@ -391,8 +406,11 @@ class Engine:
         last = run[-1]
         assert last.finish_reason is not None
         lengths = tuple(len(output.token_ids) for output in run if output.token_ids)
-        text = self.tokenizer.decode([token for output in run for token in output.text_ids])
-        return Completion(request.request_id, request.prompt_ids, ids, text, last.finish_reason, last.usage, lengths)
+        detokenizer = Detokenizer(self.tokenizer, request.prompt_ids)
+        text = detokenizer.push(token for output in run for token in output.text_ids) + detokenizer.flush()
+        return Completion(
+            request.request_id, request.prompt_ids, ids, text, last.finish_reason, last.usage, lengths, last.error
+        )
 
     def close(self) -> None:
         """End the workers."""
@@ -403,3 +421,13 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _parameters(name: str, given: S | Mapping[str, Any] | None, defaults: S) -> S:
+    """A request's own parameters. Raises InvalidRequestError."""
+    if given is None or isinstance(given, type(defaults)):
+        return given or defaults
+    if isinstance(given, Mapping):
+        return defaults.merged(given, f"{name}.")
+    remedy = f"Hand in {type(defaults).__name__}(...), or a mapping of what differs from the run's."
+    raise InvalidRequestError(name, given, f"is of type {type(given).__name__}", remedy)

@@ -52,6 +52,8 @@ class Sequence:
         self._num_forgotten = 0  # tokens before text[0]
         self._guesser: Guesser | None = None
         self._step: StepRows | None = None
+        self._doubtful = False
+        """The last step's rows had no numbers, perhaps because of guesses among them: the next step has none."""
         self.begin_turn(request)
 
     def begin_turn(self, request: Request) -> None:
@@ -110,36 +112,42 @@ class Sequence:
         start = self.num_cached - self._num_forgotten
         self._step = StepRows(rows, len(chain), self.text[max(start - TAIL, 0) : start])
         missing = self.request.sampling.max_new_tokens - self.usage.num_new_tokens
-        if self._guesser is not None and rows.root >= 0 and missing > 1:  # the last token needs no guesses
+        # The last token needs no guesses.
+        if self._guesser is not None and rows.root >= 0 and missing > 1 and not self._doubtful:
             self._guesser.lay_out(rows, room)
-            max_depth = min(horizon - 1 - rows.positions[rows.root], missing - 1)
+            max_depth = min(horizon - 1 - rows.positions[rows.root], missing - 1, HISTORY)  # it fits an int of C++
             self._step.tree = self._guesser.plant(rows, self.text, max_depth)
         return self._step
 
     def accept(
         self, chosen: Tokens[int], top: NDArray[np.int32], now_s: float
     ) -> tuple[list[int], FinishReason | None]:
-        """Take in the token each row chose (-1: none), and the likeliest ones, packed, where they were wanted.
+        """Take in the token each row chose (-1: none, NOT_A_NUMBER: it has none), and the likeliest ones, packed, where
+        they were wanted.
 
         Returns the tokens emitted, in order: they are what one-at-a-time decoding emits next, up to where it
         ends; and why it ends there, if it does.
+
+        Guesses whose keys or values are NaN or infinite reach rows that do not see them, since 0 times those is NaN.
+        So where a row that counts has no token, and guesses stood beside it, a step without them decides.
         """
         assert self._step is not None, "accept follows plan"
         step, self._step = self._step, None
         rows, tree, num_chain = step.rows, step.tree, step.num_chain
         self.num_coming = 0
-        self.commit_rows = list(range(num_chain))
-        self._enter_cache(rows, self.commit_rows)
-        if tree is not None:
-            assert self._guesser is not None
-            self._guesser.learn(tree, chosen, top, step.before)
-        elif self._guesser is not None:
-            self._guesser.learn_rows(rows, chosen, top, step.before)
-        if rows.root < 0:
-            return [], None
         path, walked = tree.walk(chosen) if tree is not None else ([], [chosen[rows.root]])
+        self._doubtful = rows.root >= 0 and walked[-1] < 0 and len(rows) > num_chain
+        if self._doubtful:
+            walked.pop()
+            self.commit_rows = list(range(num_chain)) if walked else []
+        else:
+            self._learn(step, chosen, top)
+            self.commit_rows = list(range(num_chain))
+        self._enter_cache(rows, self.commit_rows)
+        if rows.root < 0 or not walked:
+            return [], None
         emitted, reason = self._until_end(walked)
-        del path[len(emitted) - 1 :]  # where a run is cut, its last token waits uncached, as it would one at a time
+        del path[max(len(emitted) - 1, 0) :]  # where a run is cut, its last token waits uncached, as one at a time
         self.commit_rows += path
         self._enter_cache(rows, path)
         self.text += emitted
@@ -148,6 +156,13 @@ class Sequence:
         self._count(len(emitted), len(rows) - num_chain + 1, now_s)
         self._forget()
         return emitted, reason
+
+    def _learn(self, step: StepRows, chosen: Tokens[int], top: NDArray[np.int32]) -> None:
+        if step.tree is not None:
+            assert self._guesser is not None
+            self._guesser.learn(step.tree, chosen, top, step.before)
+        elif self._guesser is not None:
+            self._guesser.learn_rows(step.rows, chosen, top, step.before)
 
     def _enter_cache(self, rows: SequenceRows, accepted: list[int]) -> None:
         self.num_cached += len(accepted)
@@ -159,6 +174,8 @@ class Sequence:
         sampling = self.request.sampling
         last = min(sampling.max_new_tokens - self.usage.num_new_tokens - 1, self.ledger.full_at(tokens))
         for index, token in enumerate(tokens):
+            if token < 0:
+                return tokens[:index], FinishReason.ERROR
             if token in sampling.stop_token_ids or token in self._eos_token_ids and not sampling.ignore_eos:
                 return tokens[: index + 1], FinishReason.STOP
             if index == last:

@@ -58,10 +58,11 @@ class Window:
         """Move on after a step: `current` was its current token, `chosen` the token each row chose.
 
         Rows shift up by one however many tokens the step emitted, as in the paper's code: moving the
-        columns by the other accepted tokens too was measured, and gains nothing.
+        columns by the other accepted tokens too was measured, and gains nothing. A cell without a token
+        (negative: its logits are not numbers) guesses the current one.
         Returns the W new n-grams (length N), none while the window is filling.
         """
-        guesses = [chosen[row] for row in self._last_row]
+        guesses = [chosen[row] if chosen[row] >= 0 else current for row in self._last_row]
         self.levels[0][0] = current
         if not self.is_full:
             self.levels = [level[1:] for level in [*self.levels, guesses]]

@@ -165,6 +165,11 @@ class KVCache:
         if self.finite:
             self.buffer[slot].zero_()  # an overflow in one sequence is not to reach the next
 
+    def clean(self, slot: int) -> None:
+        """Forget the rows that the slot has staged, after those of a step that were NaN or infinite."""
+        if self.finite:
+            self.buffer[slot, ..., self.retained[slot].num_stored :, :].zero_()
+
     def _apply(self, slot: int, compaction: Compaction | None) -> None:
         """Close the gaps that dropped tokens leave, and turn the anchors' keys to their new positions."""
         assert self.retained[slot].num_stored <= self.retained[slot].max_stored, f"slot {slot} exceeds its capacity"

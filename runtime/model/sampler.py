@@ -4,6 +4,10 @@ The token after position t is a function of (logits, sampling parameters, seed, 
 temperature sampling is argmax of logits / temperature + Gumbel noise, the noise a hash of (seed, t,
 token id). It has the softmax distribution exactly, does not depend on what else the step held, and
 is the same on every rank, so candidates can be verified by equality.
+
+A row whose largest logit is NaN or infinite has no such token: NOT_A_NUMBER stands in its place. The
+division is in float64, where no float32 divided by a temperature overflows, so such a score comes of
+such a logit alone. -inf for some of the tokens is no fault.
 """
 
 from __future__ import annotations
@@ -16,11 +20,14 @@ from numpy.typing import NDArray
 
 from runtime.mesh.device import upload
 from runtime.mesh.mesh import Mesh
-from runtime.step import TOP_BITS, Choose, Int32, Row, Seq
+from runtime.step import NOT_A_NUMBER, TOP_BITS, Choose, Int32, Row, Seq
 
 PREFIX = 1024
 """Likeliest tokens looked at first for top-p; a full sort only where they do not reach it."""
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below are 0: they divide differences between logits that are no larger than those between two orders of
+summation, and would draw lots among equal logits, of which greedy decoding takes the first."""
 
 BLOCK = 128
 """Logits per block in the search for the likeliest tokens: the k likeliest stand in the k blocks with the largest."""
@@ -45,7 +52,7 @@ class Logits:
         return self._blocks.amax(2)
 
     def best(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The largest of each row and where it stands, [R] each: the first one of equals."""
+        """The largest of each row and where it stands, [R] each: the first one of equals; NaN where one is NaN."""
         values, block = self._largest.max(dim=1)
         place = self._blocks[torch.arange(len(block), device=block.device), block].argmax(dim=1)
         return values, block * BLOCK + place
@@ -67,7 +74,8 @@ class Logits:
 
 def sampled_rows(rows: Int32, sequences: Int32) -> NDArray[np.intp]:
     """Which rows choose by chance, [S]; the others take the largest logit. Arguments as `choose_tokens` has them."""
-    return np.flatnonzero((rows[:, Row.CHOOSE] == Choose.SAMPLE) & (sequences[:, Seq.TEMPERATURE].view(np.float32) > 0))
+    temperature = sequences[:, Seq.TEMPERATURE].view(np.float32)
+    return np.flatnonzero((rows[:, Row.CHOOSE] == Choose.SAMPLE) & (temperature >= GREEDY_BELOW))
 
 
 def choose_tokens(
@@ -78,7 +86,7 @@ def choose_tokens(
     mesh: Mesh,
     vocab_range: tuple[int, int],
 ) -> torch.Tensor:
-    """The token each row chooses, the same on every TP rank. [R] int64
+    """The token each row chooses, or NOT_A_NUMBER, the same on every TP rank. [R] int64
 
     Args:
         logits: this shard's slice of the vocabulary, of R rows.
@@ -101,6 +109,7 @@ def top_tokens(logits: Logits, k: int, mesh: Mesh, vocab_range: tuple[int, int])
 
     What the tokens outside contribute to the softmax is taken from the largest logit of each block they stand in: a
     lower bound, and several times cheaper than all the exponentials. The likelihoods only rank guesses.
+    Of a row without a token (`choose_tokens`) they mean nothing.
     """
     values, places, whole = logits.top(k)
     ids = places + vocab_range[0]
@@ -119,26 +128,26 @@ def _best_of_shards(
 ) -> torch.Tensor:
     """Ids of the largest over all shards, given those of this one; (value, id) pairs travel, not scores. [R]"""
     ids = places + vocab_range[0]
-    if mesh.tp == 1:
-        return ids
-    pairs = torch.stack([values.double(), ids.double()])  # a float64 holds every id exactly
-    shards = torch.stack(mesh.all_gather(pairs))  # [tp, 2, R]
-    best = shards[:, 0].amax(dim=0)
-    return shards[:, 1].masked_fill(shards[:, 0] < best, torch.inf).amin(dim=0).long()  # ties: the lowest id
+    if mesh.tp > 1:
+        pairs = torch.stack([values.double(), ids.double()])  # a float64 holds every id exactly
+        shards = torch.stack(mesh.all_gather(pairs))  # [tp, 2, R]
+        values = shards[:, 0].amax(dim=0)
+        ids = shards[:, 1].masked_fill(shards[:, 0] < values, torch.inf).amin(dim=0).long()  # ties: the lowest id
+    return torch.where(values.isfinite(), ids, NOT_A_NUMBER)
 
 
 def _scores(
     logits: torch.Tensor, rows: Int32, sequences: Int32, mesh: Mesh, vocab_range: tuple[int, int]
 ) -> torch.Tensor:
     """logits / temperature + noise, with what top-k and top-p leave out at -inf. float64 [R, V_local]"""
-    temperature = upload(sequences[:, Seq.TEMPERATURE].view(np.float32).copy(), logits.device)
-    scaled = logits / temperature[:, None]
+    temperature = upload(sequences[:, Seq.TEMPERATURE].view(np.float32).astype(np.float64), logits.device)[:, None]
+    scaled = logits / temperature
     top_k, top_p = sequences[:, Seq.TOP_K], sequences[:, Seq.TOP_P].view(np.float32)
     filtered = np.flatnonzero((top_k > 0) | (top_p < 1))
     if len(filtered):
         index = upload(filtered, logits.device)
-        whole = _gather_vocabulary(scaled[index], mesh)
-        least = torch.full_like(temperature, -torch.inf)
+        whole = _gather_vocabulary(logits[index], mesh) / temperature[index]
+        least = scaled.new_full((len(scaled),), -torch.inf)
         least[index] = torch.stack(
             [
                 _least_kept(row, int(k), float(p))
@@ -152,7 +161,7 @@ def _scores(
     keys = np.stack([seeds, rows[:, Row.POSITION].astype(np.int64) + 1], axis=1)
     distinct, which = np.unique(keys, axis=0, return_inverse=True)
     noise = gumbel(distinct[:, 0], distinct[:, 1], vocab_range, logits.device)
-    return scaled.double() + noise[upload(which.reshape(-1), logits.device)]
+    return scaled + noise[upload(which.reshape(-1), logits.device)]
 
 
 def _gather_vocabulary(logits: torch.Tensor, mesh: Mesh) -> torch.Tensor:
@@ -181,8 +190,8 @@ def _least_kept(scaled: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
 
 
 def _mass(part: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """Probabilities of `part` under the softmax over `total`."""
-    return (part.double() - total.double().logsumexp(0)).exp()
+    """Probabilities of `part` under the softmax over `total`, float64 both."""
+    return (part - total.logsumexp(0)).exp()
 
 
 def gumbel(seeds: np.ndarray, positions: np.ndarray, ids: tuple[int, int], device: torch.device) -> torch.Tensor:

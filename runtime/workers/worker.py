@@ -45,11 +45,12 @@ class Worker:
         scheduler = config.scheduler
         self.caches = self.decoder.make_caches(groups, scheduler.max_sequences, max_staged=scheduler.max_rows)
         self._last = StepPlan.empty()
+        self._unclean: set[int] = set()  # slots in whose rows the last step had NaN or infinities
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> Int32:
-        """Commit, run this replica's rows, and return per row the token it chose (-1: none) and, packed, the likeliest
-        ones. [T local, 1 + top_k]"""
+        """Commit, run this replica's rows, and return per row the token it chose (-1: none, NOT_A_NUMBER: it has none)
+        and, packed, the likeliest ones. [T local, 1 + top_k]"""
         local = plan.local_rows(self.mesh.replica)
         chosen = np.zeros((len(local), 1 + plan.top_k), np.int32)
         if not plan.num_rows:
@@ -85,7 +86,11 @@ class Worker:
             found = [choose_tokens(logits, rows, sequences, sampled, *place)[:, None]]
             if plan.top_k:
                 found.append(top_tokens(logits, plan.top_k, *place))
-            chosen[wanted] = torch.cat(found, dim=1).cpu().numpy()
+            results = torch.cat(found, dim=1).cpu().numpy()
+            if (without := results[:, 0] < 0).any():
+                results[without, 1:] = 0
+                self._unclean.update(rows[without, Row.SLOT].tolist())
+            chosen[wanted] = results
         return chosen
 
     def _commit(self, plan: StepPlan) -> None:
@@ -110,6 +115,10 @@ class Worker:
                 else:
                     block = self.mesh.broadcast_from_replica(cache.empty_block(len(staged)), source)
                     cache.append(slot, block, accepted)
+        for slot in self._unclean:
+            for cache in self.caches:
+                cache.clean(slot)
+        self._unclean.clear()
         for slot in plan.resets.tolist():
             for cache in self.caches:
                 cache.reset(slot)

@@ -80,7 +80,7 @@ class Kept {
    public:
     Kept(int64_t rows, int64_t k) : k(k), least(rows, k ? -INFINITE : INFINITE), entries(rows * k), logits(rows * k * PANEL) {}
 
-    // `most`: the largest of them; of equals the first one stays
+    // `most`: the largest of them; of equals the first one stays. NaN is not kept.
     void offer(int64_t row, int64_t panel, float most, const float* values) {
         if (!(most > least[row])) return;
         const auto first = entries.begin() + row * k;
@@ -112,8 +112,8 @@ class Kept {
     std::vector<float> logits;
 };
 
-// largest [rows, panels, room for a multiple of 16]: of each panel's logits, of which the last panel may have fewer than 32;
-// logits [rows, panels * 32], or null where nobody asks for all
+// largest [rows, panels, room for a multiple of 16]: of each panel's logits, of which the last panel may have fewer than 32,
+// NaN where one of them is; logits [rows, panels * 32], or null where nobody asks for all
 template <class E>
 void run_head(const Model& model, int64_t rows, float* hidden, void* x, float* logits, float* largest, Kept& kept,
               Barrier& barrier) {
@@ -123,12 +123,16 @@ void run_head(const Model& model, int64_t rows, float* hidden, void* x, float* l
     product<E>(model.head, x, rows, [&](int64_t row, int64_t panel, const float* sums) {
         alignas(64) float values[PANEL];
         Vec most = splat<Vec>(-INFINITE);
+        bool is_number = true;
         for (int64_t i = 0; i < PANEL; i += LANES) {
             const Ints real = LANE < (int32_t)std::clamp<int64_t>(vocabulary - panel * PANEL - i, 0, LANES);
-            most = larger(narrow(select(real, widen(sums + i), splat<Vec>(-INFINITE)), values + i), most);
+            const Vec some = narrow(select(real, widen(sums + i), splat<Vec>(-INFINITE)), values + i);
+            most = larger(some, most);
+            is_number &= !has_nan(some);
         }
         if (logits) std::copy_n(values, PANEL, logits + (row * panels + panel) * PANEL);
-        kept.offer(row, panel, largest[row * round_up(panels, LANES) + panel] = maximum(most), values);
+        const float found = is_number ? maximum(most) : NOT_A_NUMBER;
+        kept.offer(row, panel, largest[row * round_up(panels, LANES) + panel] = found, values);
     });
     release_matrix_unit();
 }
@@ -140,9 +144,9 @@ INLINE int64_t first_largest(const float* values, int64_t count) {
     return std::find(values, values + count, maximum(most)) - values;
 }
 
-// The k largest logits of a row, largest first, and of equals the first one. Returns the log-sum-exp of them and of the
-// largest of each panel that is not one of the k with the largest. `largest` [panels, room for a multiple of 16] is written
-// over.
+// The k largest logits of a row, largest first, and of equals the first one; NaN where one of the row's is, or all are
+// -inf. Returns the log-sum-exp of them and of the largest of each panel that is not one of the k with the largest.
+// `largest` [panels, room for a multiple of 16] is written over.
 float find_top(const std::vector<Kept>& kept, int64_t row, float* largest, int64_t panels, int64_t k, float* values,
                int64_t* places) {
     static thread_local std::vector<float> found;
@@ -150,18 +154,24 @@ float find_top(const std::vector<Kept>& kept, int64_t row, float* largest, int64
     found.clear(), from.clear();
     const int64_t count = round_up(panels, LANES);
     std::fill(largest + panels, largest + count, -INFINITE);
+    bool is_number = true;
+    for (int64_t i = 0; i < count; i += LANES) is_number &= !has_nan(widen(largest + i));
+    if (!is_number || largest[first_largest(largest, count)] == -INFINITE) {
+        std::fill_n(values, k, NOT_A_NUMBER), std::fill_n(places, k, 0);
+        return NOT_A_NUMBER;
+    }
     for (int64_t i = 0; i < std::min(k, panels); ++i) {
         const int64_t best = first_largest(largest, count);
+        if (largest[best] == -INFINITE) break;
         const float* logits = nullptr;
-        for (auto thread = kept.begin(); !logits && thread != kept.end(); ++thread) logits = thread->of(row, best);
-        if (!logits) break;  // not a number
+        for (auto thread = kept.begin(); !logits; ++thread) logits = thread->of(row, best);
         from.push_back(best * PANEL);
         found.insert(found.end(), logits, logits + PANEL);
         largest[best] = -INFINITE;
     }
     for (int64_t i = 0; i < k; ++i) {
-        const int64_t best = found.empty() ? 0 : first_largest(found.data(), found.size());
-        const bool is_one = best < (int64_t)found.size() && found[best] > -INFINITE;
+        const int64_t best = first_largest(found.data(), found.size());
+        const bool is_one = found[best] > -INFINITE;
         values[i] = is_one ? std::exchange(found[best], -INFINITE) : -INFINITE;
         places[i] = is_one ? from[best / PANEL] + best % PANEL : 0;
     }

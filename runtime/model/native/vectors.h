@@ -31,7 +31,7 @@ typedef uint16_t BF16;
 
 #define INLINE static inline __attribute__((always_inline))
 
-constexpr float INFINITE = std::numeric_limits<float>::infinity();
+constexpr float INFINITE = std::numeric_limits<float>::infinity(), NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 const Ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 template <class V, class X>
@@ -132,6 +132,18 @@ INLINE Vec larger(Vec a, Vec b) {
 #endif
 }
 INLINE Vec smaller(Vec a, Vec b) { return -larger(-a, -b); }
+
+// Whether any of them is NaN, which `larger` and `maximum` may pass over
+INLINE bool has_nan(Vec values) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)values, (__m512)values, _CMP_UNORD_Q) != 0;
+#else
+    int32_t found = 0;
+    const Ints is_nan = values != values;
+    for (int lane = 0; lane < LANES; ++lane) found |= is_nan[lane];
+    return found != 0;
+#endif
+}
 
 INLINE float maximum(Vec values) {
 #if defined(__AVX512F__)

@@ -46,7 +46,8 @@ def test_serve_on_ray_answers_and_leaves_nothing(tmp_path):
 
 def _call(tmp_path, address: str) -> None:
     records = [
-        {"id": lookahead, "prompt": "ababab", "lookahead": {"enabled": lookahead}} for lookahead in (True, False)
+        {"id": f"lookahead {lookahead}", "prompt": "ababab", "lookahead": {"enabled": lookahead}}
+        for lookahead in (True, False)
     ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from cluster.wire.answers import Chunk
 from cluster.wire.statuses import CallError
 from runtime.config import Config
 from runtime.engine.engine import Engine
-from runtime.errors import InvalidRequestError, ResourceExhaustedError
+from runtime.errors import InvalidRequestError, NumericsError, ResourceExhaustedError
 from runtime.request import FinishReason, Usage
 from tests.cluster.serving.serving import serving
 from tests.models import save_tiny_model
@@ -40,8 +41,8 @@ class Echo:
     """A backend and its conversations: answers with what was said, in two chunks, or raises what it is told to."""
 
     def __init__(self) -> None:
-        self.asked: list[list[list[dict[str, str]]]] = []
-        """The messages of each turn, by conversation."""
+        self.asked: list[list[Any]] = []
+        """The messages of each turn, or its raw text, by conversation."""
         self.parameters: list[tuple[Any, Any]] = []
         self.errors: dict[str, Exception] = {}
         self.num_stops = self.num_closed = 0
@@ -52,10 +53,12 @@ class Echo:
         self.asked.append([])
         return self
 
-    def ask(self, *, messages: Sequence[dict[str, str]], sampling: Any, lookahead: Any) -> Iterator[Chunk]:
-        self.asked[-1].append(list(messages))
+    def ask(
+        self, prompt: str = "", *, messages: Sequence[dict[str, str]] = (), sampling: Any, lookahead: Any
+    ) -> Iterator[Chunk]:
+        self.asked[-1].append(list(messages) or prompt)
         self.parameters.append((sampling, lookahead))
-        text = messages[-1]["content"]
+        text = messages[-1]["content"] if messages else prompt
         if text in self.errors:
             raise self.errors[text]
         return self._chunks(text)
@@ -193,7 +196,29 @@ def test_lines_that_are_piped_in(monkeypatch, capsys):
     assert [read(), read(), read()] == ["caf\ufffd", "", "sans fin"]
     with pytest.raises(EOFError):
         read()
-    assert capsys.readouterr().out == ""  # no prompt
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("no UTF-8") == 1  # no prompt
+
+
+def test_lines_are_raw_text_where_that_is_wanted(capsys):
+    backend = Echo()
+    talk(backend, "once upon", " a time", raw=True)
+    assert backend.asked == [["once upon", " a time"]] and capsys.readouterr().out == "once upon\n a time\n"
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+@pytest.mark.parametrize(
+    "error", [NumericsError("NaN"), CallError("host:1", grpc.StatusCode.DATA_LOSS, "NaN")], ids=["here", "remote"]
+)
+def test_an_answer_without_numbers_is_said_and_the_chat_goes_on(capsys, error, interactive):
+    backend = Echo()
+    backend.errors = {"bad": error}
+    told = chat.Chat(backend, sampling={}, lookahead={}, interactive=interactive)
+    lines = iter(["one", "bad", "two"])
+    told.run(lambda: next(lines, "/quit"))
+    captured = capsys.readouterr()
+    assert captured.out == "one\ntwo\n" and "NaN" in captured.err and told.num_failed == 1
+    assert [len(turns) for turns in backend.asked] == [2, 1]
 
 
 # With a model
@@ -260,6 +285,17 @@ def test_what_a_chat_cannot_use_is_refused(outrider, model):
     assert (code, out) == (2, "") and "sampling.temperature" in err or "temperature" in err
     code, _, err = outrider(["abc"], "--address", "localhost:1")
     assert code == 1 and "localhost:1" in err
+
+
+def test_a_model_without_a_chat_template(outrider, model, tmp_path):
+    bare = shutil.copytree(model, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    code, out, err = outrider(["abc"], *settings(f"model.path={bare}"), *SAMPLING)
+    assert (code, out) == (2, "") and "no chat template" in err and "--raw" in err
+    code, out, err = outrider(["abc", "def"], "--raw", *settings(f"model.path={bare}"), *SAMPLING)
+    assert code == 0 and out.strip() and err.count("6 tokens in") == 2
+    code, _, err = outrider(["abc"], "--raw", "--system", "Be brief.", *settings(f"model.path={bare}"))
+    assert code == 2 and "--system" in err
 
 
 @pytest.mark.parametrize("kind", ["in process", "remote"])

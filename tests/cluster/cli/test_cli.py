@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -182,3 +184,52 @@ def test_accepted_tokens_are_coloured_and_the_stop_token_is_not_shown(model):
         for chunk in chunks:
             stream.write(chunk)
         assert "".join(lines) == expected
+
+
+# Standard streams, in processes of their own
+
+
+def piped(
+    *arguments: str, given: bytes = b"", shell: str = "", **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    """Runs a command line as the beginning of a shell's: `outrider ARGUMENTS shell`."""
+    command = " ".join(shlex.quote(part) for part in (sys.executable, "-m", "cluster.cli", *arguments))
+    return subprocess.run(
+        ["bash", "-c", f"{command} {shell}"],
+        input=given,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), **environment},
+        check=False,
+    )
+
+
+def plain(model: Path) -> list[str]:
+    return [f"--set={setting}" for setting in (f"model.path={model}", "model.device=cpu", "lookahead.enabled=false")]
+
+
+def test_standard_input_that_is_no_text(model):
+    done = piped("generate", "-", "--raw", *plain(model), given=b"caf\xe9")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"UTF-8" in done.stderr and b"0xE9" in done.stderr and b"Traceback" not in done.stderr
+    closed = piped("generate", "-", *plain(model), shell="<&-")
+    assert closed.returncode == 2 and b"standard input" in closed.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("--json",)], ids=["text", "json"])
+def test_an_output_that_cannot_show_a_character(model, arguments):
+    """The answer of 40 sampled bytes has characters beyond ASCII."""
+    command = "generate", "abc", "--temperature", "3", "--max-new-tokens", "40", "--ignore-eos", *arguments
+    whole = piped(*command, *plain(model), PYTHONIOENCODING="utf-8").stdout.decode()
+    shown = piped(*command, *plain(model), PYTHONIOENCODING="ascii")
+    assert shown.returncode == 0 and not whole.isascii()
+    out = shown.stdout.decode("ascii")
+    if arguments:
+        assert json.loads(out)["text"] == json.loads(whole)["text"]
+    else:
+        assert out == whole.encode("ascii", "backslashreplace").decode()
+
+
+@pytest.mark.parametrize("shell", ["| head -c 1", "| true", ">&-"])
+def test_a_reader_that_has_gone(model, shell):
+    done = piped("generate", "abc", "--max-new-tokens", "300", "--ignore-eos", *plain(model), shell=shell)
+    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
