@@ -73,7 +73,7 @@ class Backend(Protocol):
 def open_engine(config: Config) -> Iterator[Engine]:
     """An engine in this process: alone where the mesh is 1x1, else with its workers on Ray."""
     from runtime.engine.engine import Engine
-    from runtime.model.loader import load_spec, resolve_model
+    from runtime.model.loader import checked_model
     from runtime.tuning import choose
 
     config = choose.resolved(config, open_engine, tell)
@@ -82,7 +82,7 @@ def open_engine(config: Config) -> Iterator[Engine]:
             yield engine
         return
     # What is wrong with the model is wrong without Ray too: say so before anything is started.
-    load_spec(resolve_model(config.model.path)).check_tp(config.parallel.tp)
+    checked_model(config)
     from cluster.actors.pool import RayPool
 
     pool = RayPool(config)
