@@ -115,12 +115,12 @@ def sink(size: int, num_sinks: int = 4, positions: str = "slot") -> CacheConfig:
 
 def full(length: int) -> CacheConfig:
     """`full` for texts of `length` tokens, the trained length notwithstanding."""
-    return _cache(policy="full", capacity=length)
+    return _cache(policy="full", capacity=length, beyond_trained=True)
 
 
 def sep(length: int, num_neighbors: int = 256) -> CacheConfig:
     """`sep`, fundamental design, for texts of `length` tokens."""
-    return _cache(policy="sep", num_neighbors=num_neighbors, capacity=length)
+    return _cache(policy="sep", num_neighbors=num_neighbors, capacity=length, beyond_trained=True)
 
 
 def sep_streaming(size: int) -> CacheConfig:

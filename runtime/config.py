@@ -152,6 +152,9 @@ class CacheConfig(Section):
     capacity: int | None = Field(default=None, ge=16)
     """full, sep fundamental: most tokens kept per sequence; null is the model's trained length, at most 8192.
     sep streaming: c, most tokens stored; when they are reached, the past window is compacted (800)."""
+    beyond_trained: bool | None = None
+    """full, sep fundamental: let `capacity` exceed what the model was trained on. What it says there is seldom of use;
+    a measurement may want it (false)."""
     positions: Literal["slot", "original"] | None = None
     """slot: a token's position is its place in the cache, which never exceeds the cache's size (the default of sink and
     sep streaming). original: its place in the text, which soon exceeds the trained length."""
@@ -249,13 +252,14 @@ class CacheConfig(Section):
 
 _SEP_DEFAULTS: dict[str, Any] = {"num_initial": 4, "separators": "paper", "merged_separators": False}
 CACHE_DEFAULTS: dict[tuple[str, str | None], dict[str, Any]] = {
-    ("full", None): {"capacity": None},
+    ("full", None): {"capacity": None, "beyond_trained": False},
     ("sink", None): {"num_sinks": 4, "window": 1020, "positions": "slot", "evict": "token"},
     ("sep", "fundamental"): _SEP_DEFAULTS
     | {
         "design": "fundamental",
         "num_neighbors": 256,
         "capacity": None,
+        "beyond_trained": False,
         "full_layers": (),
         "positions": "original",
     },

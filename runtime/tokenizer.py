@@ -8,12 +8,15 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from runtime.errors import ConfigError, InvalidRequestError
+from runtime.files import flaw, read_json
 
 ROLES = ("system", "user", "assistant", "tool")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
 REPLACEMENT = "\ufffd"  # what decoders put for bytes that are not (yet) a character
 PAPER_SEPARATORS = (".", ",", "?", "!", ";", ":", " ", "\t", "\n")
 """The separators of SepLLM (Chen et al., 2024, arXiv 2412.12094)."""
@@ -31,10 +34,16 @@ class Tokenizer:
     def __init__(self, directory: str | Path) -> None:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+        for name in TOKENIZER_FILES:
+            path = Path(directory) / name
+            if path.exists() and (found := flaw(path)):
+                raise ConfigError("model.path", str(directory), f"{name} {found[0]}", found[1])
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        except (OSError, ValueError) as error:
-            problem = f"has no tokenizer that can be read ({error})"
+        except Exception as error:  # the library raises nothing narrower for a broken file
+            for path in sorted(Path(directory).glob("*.json")):
+                read_json(path)  # names the one that is no JSON
+            problem = f"has no tokenizer that can be read ({' '.join(str(error).split())})"
             raise ConfigError("model.path", str(directory), problem, "Add the model's tokenizer files.") from error
         if isinstance(tokenizer, PreTrainedTokenizerFast):
             # The first call would change these in place, under the hands of other threads.
@@ -105,6 +114,19 @@ class Tokenizer:
             if not self.decode(ids[:end]).strip():  # Llama 2 has a space before the end of a turn
                 ids = ids[end + 1 :]
         return ids
+
+    @cached_property
+    def turn_end_id(self) -> int | None:
+        """The special token that the chat template puts behind an assistant's answer; None if it puts none there."""
+        marker = "Answer0"
+        conversation = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": marker}]
+        try:
+            rendered = self._tokenizer.apply_chat_template(conversation, tokenize=False)
+        except Exception:  # there is no template, or it refuses: then there is no chat
+            return None
+        _, found, rest = str(rendered).rpartition(marker)
+        behind = self._encode_rendered(rest.lstrip()) if found else []
+        return behind[0] if behind and behind[0] in self._special_ids else None
 
     def opening(self) -> list[int]:
         """Ids of some text behind which the model would begin an answer, not empty: a short conversation in its chat

@@ -13,7 +13,10 @@ CHAT_TEMPLATE = (
 
 
 def save_tiny_model(directory: Path, seed: int = 0, architecture: str = "Llama", **overrides) -> Path:
-    """A random model of 9 query and 3 KV heads (nothing divides), vocabulary 262, in float32."""
+    """A random model of 9 query and 3 KV heads (nothing divides), vocabulary 262, in float32.
+
+    Its end token is 261, that of the tokenizer; with a smaller vocabulary it has none.
+    """
     import transformers
 
     settings = dict(
@@ -27,10 +30,11 @@ def save_tiny_model(directory: Path, seed: int = 0, architecture: str = "Llama",
         max_position_embeddings=512,
         initializer_range=0.15,
         bos_token_id=None,
-        eos_token_id=261,
         tie_word_embeddings=False,
     )
-    config = getattr(transformers, f"{architecture}Config")(**(settings | overrides))
+    settings |= overrides
+    settings.setdefault("eos_token_id", 261 if settings["vocab_size"] > 261 else None)
+    config = getattr(transformers, f"{architecture}Config")(**settings)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config).float()
     model.save_pretrained(directory)

@@ -78,11 +78,10 @@ def open_engine(config: Config) -> Iterator[Engine]:
     What is compiled on a first start is begun first, and waited for where it is needed.
     """
     from runtime.engine import ahead
-    from runtime.model.loader import load_spec, resolve_model
+    from runtime.model.loader import checked_model
 
     ahead.compile_all(config)
-    # What is wrong with the model is wrong without Ray, too: say so before anything is started.
-    spec = load_spec(resolve_model(config.model.path))
+    checked_model(config)  # what is wrong with it is wrong without Ray, too: said before anything is started
     if config.is_open:
         from runtime.tuning import choose
 
@@ -93,7 +92,6 @@ def open_engine(config: Config) -> Iterator[Engine]:
         with Engine.from_config(config) as engine:
             yield engine
         return
-    spec.check_tp(config.parallel.tp)
     from cluster.actors.pool import RayPool
 
     pool = RayPool(config)

@@ -19,7 +19,7 @@ from runtime.engine.session import Session
 from runtime.errors import InvalidRequestError
 from runtime.lookahead.core import Bigrams
 from runtime.lookahead.knowledge import Knowledge
-from runtime.model.loader import load_spec, resolve_model
+from runtime.model.loader import checked_model
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.prompts import as_prompt, as_prompts, kind_of
@@ -89,10 +89,7 @@ class Engine:
         if config.is_open:
             assert pool is None, "a pool's workers are started once: choose before it is made"
             config = choose.resolved(config, cls.from_config)
-        directory = resolve_model(config.model.path)
-        spec = load_spec(directory)
-        spec.check_tp(config.parallel.tp)
-        spec.check_cache(config.cache)
+        directory, spec = checked_model(config)
         tokenizer = Tokenizer(directory)
         config = config.model_copy(update={"cache": with_separator_ids(config.cache, tokenizer)})
         executor: Executor
@@ -182,6 +179,7 @@ class Engine:
             messages: Sequence[Mapping[str, str]] = prompt  # type: ignore[assignment]
             after = session.last_token if session is not None else None
             ids = self.tokenizer.encode_turn(messages, after) if goes_on else self.tokenizer.encode_chat(messages)
+            sampling = self._ended_by_turn(sampling or self.config.sampling)
         else:
             ids = list(prompt)  # type: ignore[arg-type]
         request = Request(
@@ -193,6 +191,14 @@ class Engine:
         )
         self.validate(request)
         return request
+
+    def _ended_by_turn(self, sampling: SamplingParams) -> SamplingParams:
+        """In a chat, the token with which the chat template ends an answer ends it, whether or not the model's
+        configs know of it."""
+        end = self.tokenizer.turn_end_id
+        if end is None or sampling.ignore_eos or end in (*sampling.stop_token_ids, *self.spec.eos_token_ids):
+            return sampling
+        return sampling.model_copy(update={"stop_token_ids": (*sampling.stop_token_ids, end)})
 
     def validate(self, request: Request) -> None:
         """Raise InvalidRequestError if this engine can never run `request`. Safe from any thread."""

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from runtime.config import Config
 from runtime.errors import ConfigError
+from runtime.files import read_json
 from runtime.mesh.mesh import Mesh
 from runtime.model.decoder import Decoder, DecoderLayer
 from runtime.model.layers import GatedMLP, LayerWeights, Linear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
 from runtime.model.native import NativeDecoder, obstacle
 from runtime.model.rotary import Rotary, pairs_adjacent
 from runtime.model.shard import HeadShard, split
-from runtime.model.spec import ModelSpec, architecture_name
-from runtime.model.weights import Checkpoint
+from runtime.model.spec import ModelSpec, read_spec
+from runtime.model.weights import HEAD, Checkpoint, check_weights
 
 log = logging.getLogger(__name__)
-
-HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 def resolve_model(path: str | None) -> Path:
@@ -31,6 +30,7 @@ def resolve_model(path: str | None) -> Path:
     a hub id, downloaded if need be. Safe to call from several processes at once. Raises ConfigError.
     """
     from runtime.model.gguf import converted, embedded_file
+    from runtime.model.hub import fetched
 
     if path is None:
         return converted(embedded_file())
@@ -43,53 +43,29 @@ def resolve_model(path: str | None) -> Path:
         return converted(local)
     if local.exists():
         raise ConfigError("model.path", path, "is neither a directory nor a .gguf file", "Name the model's directory.")
-    return _download(path)
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    remedy = "Name a local directory, a .gguf file or a hub id such as org/name; null is the embedded model."
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_PATTERNS)))
-    except errors.HFValidationError as error:
-        raise ConfigError("model.path", hub_id, "no such directory, and not a hub id", remedy) from error
-    except errors.GatedRepoError as error:
-        problem = "the hub gives this model only to accounts that have accepted its terms"
-        raise ConfigError("model.path", hub_id, problem, "Accept them there and log in, or name another.") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ConfigError("model.path", hub_id, "no such directory, and the hub has no such model", remedy) from error
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
-        problem = "no such directory, and the hub cannot be reached from here to look for it there"
-        raise ConfigError("model.path", hub_id, problem, remedy) from error
+    return fetched(path)
 
 
 def load_spec(directory: Path) -> ModelSpec:
     """Read config.json and generation_config.json. Raises ConfigError for a model Outrider cannot run."""
-    raw = _read_json(directory / "config.json")
-    architecture = architecture_name(raw)  # before transformers, whose import is slow and whose refusals are vague
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, GenerationConfig
-
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except (StrictDataclassError, ValueError, KeyError, TypeError) as error:
-        problem = f"cannot be read ({' '.join(str(error).split())})"
-        raise ConfigError("config.json", str(directory), problem, "Mend the file.") from error
-    config.architectures = [architecture]
-    has_generation = (directory / "generation_config.json").is_file()
-    return ModelSpec.from_hf_config(config, GenerationConfig.from_pretrained(directory) if has_generation else None)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
+    if not (directory / "config.json").exists():
         remedy = "Name a model directory in Hugging Face layout."
-        raise ConfigError("model.path", str(path.parent), f"{path.name}: {error.strerror}", remedy) from error
-    except json.JSONDecodeError as error:
-        problem = f"{path.name} is not JSON ({error})"
-        raise ConfigError("model.path", str(path.parent), problem, "Mend the file.") from error
+        raise ConfigError("model.path", str(directory), "config.json: No such file or directory", remedy)
+    generation = directory / "generation_config.json"
+    return read_spec(
+        read_json(directory / "config.json"), read_json(generation) if generation.exists() else {}, directory
+    )
+
+
+def checked_model(config: Config) -> tuple[Path, ModelSpec]:
+    """The model's directory and spec, once all is known to be there and to fit `config`: what every start does before
+    work is spent. Reads no weights. Raises ConfigError."""
+    directory = resolve_model(config.model.path)
+    spec = load_spec(directory)
+    spec.check_tp(config.parallel.tp)
+    spec.check_cache(config.cache)
+    check_weights(directory, spec)
+    return directory, spec
 
 
 def load_decoder(
@@ -109,11 +85,12 @@ def load_decoder(
     is_native = kernels != "torch" and _has_native(spec, dtype, mesh.device, required=kernels == "native")
     heads = HeadShard.of(spec.num_heads, spec.num_kv_heads, mesh.shard, mesh.tp)
     vocab_range = split(spec.vocab_size, mesh.shard, mesh.tp)
-    with torch.no_grad(), Checkpoint(directory, dtype, mesh.device) as checkpoint:
-        table_shape = (spec.vocab_size, spec.hidden_size)
-        table = checkpoint.rows("model.embed_tokens.weight", table_shape, *vocab_range)
-        head = table if spec.tie_embeddings else checkpoint.rows("lm_head.weight", table_shape, *vocab_range)
-        norm = checkpoint.rows("model.norm.weight", (spec.hidden_size,))
+    with torch.no_grad(), Checkpoint(directory, spec, dtype, mesh.device) as checkpoint:
+        table = checkpoint.rows(checkpoint.table_name, *vocab_range)
+        head = checkpoint.rows(HEAD, *vocab_range) if checkpoint.has_head else table
+        if spec.tie_embeddings and torch.equal(head, table):
+            head = table  # once in memory; else it is a head of its own, as in transformers, whatever the config says
+        norm = checkpoint.rows("model.norm.weight")
         embedding = VocabParallelEmbedding(table, vocab_range[0], mesh)
         rotary = Rotary(spec.rope, mesh.device)
         reader = _LayerReader(checkpoint, spec, heads, mesh)
@@ -169,43 +146,36 @@ class _LayerReader:
         spec, prefix = self.spec, f"model.layers.{index}"
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
         start, stop = split(spec.intermediate_size, self.mesh.shard, self.mesh.tp)
-        down_shape = (spec.hidden_size, spec.intermediate_size)
         return LayerWeights(
-            attention_norm=self._vector(f"{prefix}.input_layernorm.weight"),
-            qkv=self._qkv(attention, "weight", (spec.hidden_size,)),
-            qkv_bias=self._qkv(attention, "bias", ()) if spec.qkv_bias else None,
+            attention_norm=self.checkpoint.rows(f"{prefix}.input_layernorm.weight"),
+            qkv=self._qkv(attention, "weight"),
+            qkv_bias=self._qkv(attention, "bias") if spec.qkv_bias else None,
             head_norm=self._head_norm(attention) if spec.qk_norm else None,
             output=self._output(attention),
-            output_bias=self._vector(f"{attention}.o_proj.bias") if spec.o_bias else None,
-            mlp_norm=self._vector(f"{prefix}.post_attention_layernorm.weight"),
-            gate_up=self._gate_up(mlp, "weight", (spec.hidden_size,)),
-            gate_up_bias=self._gate_up(mlp, "bias", ()) if spec.mlp_bias else None,
-            down=self.checkpoint.columns(f"{mlp}.down_proj.weight", down_shape, start, stop),
-            down_bias=self._vector(f"{mlp}.down_proj.bias") if spec.mlp_bias else None,
+            output_bias=self.checkpoint.rows(f"{attention}.o_proj.bias") if spec.o_bias else None,
+            mlp_norm=self.checkpoint.rows(f"{prefix}.post_attention_layernorm.weight"),
+            gate_up=self._gate_up(mlp, "weight"),
+            gate_up_bias=self._gate_up(mlp, "bias") if spec.mlp_bias else None,
+            down=self.checkpoint.columns(f"{mlp}.down_proj.weight", start, stop),
+            down_bias=self.checkpoint.rows(f"{mlp}.down_proj.bias") if spec.mlp_bias else None,
             window=spec.sliding_windows[index],
         )
 
-    def _vector(self, name: str) -> torch.Tensor:
-        return self.checkpoint.rows(name, (self.spec.hidden_size,))
-
-    def _qkv(self, name: str, kind: str, tail: tuple[int, ...]) -> torch.Tensor:
-        spec, heads, dim = self.spec, self.heads, self.spec.head_dim
+    def _qkv(self, name: str, kind: str) -> torch.Tensor:
+        heads, dim = self.heads, self.spec.head_dim
         ranges = (
-            ("q_proj", spec.num_heads, heads.query_start, heads.query_stop),
-            ("k_proj", spec.num_kv_heads, heads.kv_start, heads.kv_stop),
-            ("v_proj", spec.num_kv_heads, heads.kv_start, heads.kv_stop),
+            ("q_proj", heads.query_start, heads.query_stop),
+            ("k_proj", heads.kv_start, heads.kv_stop),
+            ("v_proj", heads.kv_start, heads.kv_stop),
         )
         query, key, value = (
-            self.checkpoint.rows(f"{name}.{part}.{kind}", (count * dim, *tail), start * dim, stop * dim)
-            for part, count, start, stop in ranges
+            self.checkpoint.rows(f"{name}.{part}.{kind}", start * dim, stop * dim) for part, start, stop in ranges
         )
         return torch.cat([self._padded(self._paired(query), axis=0), self._paired(key), value])
 
     def _output(self, name: str) -> torch.Tensor:
-        spec, heads, dim = self.spec, self.heads, self.spec.head_dim
-        shape = (spec.hidden_size, spec.num_heads * dim)
-        name = f"{name}.o_proj.weight"
-        weight = self.checkpoint.columns(name, shape, heads.query_start * dim, heads.query_stop * dim)
+        heads, dim = self.heads, self.spec.head_dim
+        weight = self.checkpoint.columns(f"{name}.o_proj.weight", heads.query_start * dim, heads.query_stop * dim)
         return self._padded(weight, axis=1)
 
     def _paired(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -224,13 +194,12 @@ class _LayerReader:
         return apart.new_zeros(shape).index_copy_(axis, places, apart).flatten(axis, axis + 1)
 
     def _head_norm(self, name: str) -> torch.Tensor:
-        query = self.checkpoint.rows(f"{name}.q_norm.weight", (self.spec.head_dim,))
-        key = self.checkpoint.rows(f"{name}.k_norm.weight", (self.spec.head_dim,))
+        query = self.checkpoint.rows(f"{name}.q_norm.weight")
+        key = self.checkpoint.rows(f"{name}.k_norm.weight")
         weight = torch.cat([query.expand(self.heads.num_heads, -1), key.expand(self.heads.num_kv_heads, -1)])
         return pairs_adjacent(weight)
 
-    def _gate_up(self, name: str, kind: str, tail: tuple[int, ...]) -> torch.Tensor:
+    def _gate_up(self, name: str, kind: str) -> torch.Tensor:
         start, stop = split(self.spec.intermediate_size, self.mesh.shard, self.mesh.tp)
-        shape = (self.spec.intermediate_size, *tail)
         parts = ("gate_proj", "up_proj")
-        return torch.cat([self.checkpoint.rows(f"{name}.{part}.{kind}", shape, start, stop) for part in parts])
+        return torch.cat([self.checkpoint.rows(f"{name}.{part}.{kind}", start, stop) for part in parts])

@@ -6,13 +6,16 @@ and running it needs no transformers, whose import takes seconds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from runtime.errors import ConfigError
+from runtime.model.config_file import Values
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig
+    from transformers import PretrainedConfig
 
     from runtime.config import CacheConfig
 
@@ -61,6 +64,8 @@ class RopeSpec:
     attention_scaling: float = 1.0
     """Factor on cos and sin (yarn)."""
     dynamic: DynamicRope | None = None
+    reach: int | None = None
+    """Positions that the scaling is made for, where they are more than the model's trained length."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,11 @@ class ModelSpec:
 
     def check_cache(self, cache: CacheConfig) -> None:
         """Raises ConfigError if the model cannot be run under this cache policy."""
+        most = max(self.max_positions, self.rope.reach or 0)
+        if cache.bounded and not cache.beyond_trained and self.rope.dynamic is None and (cache.capacity or 0) > most:
+            problem = f"the model was trained on {most} positions, and says nothing sensible behind them"
+            remedy = f"Use at most {most}, or cache.policy = sink; cache.beyond_trained = true runs it all the same."
+            raise ConfigError("cache.capacity", cache.capacity, problem, remedy)
         for layer in cache.full_layers or ():
             if not -self.num_layers <= layer < self.num_layers:
                 remedy = f"Name layers from {-self.num_layers} to {self.num_layers - 1}."
@@ -116,8 +126,8 @@ class ModelSpec:
             raise ConfigError("cache.positions", "slot", problem, f"Make the cache smaller. {remedy}")
 
     @classmethod
-    def from_hf_config(cls, config: PretrainedConfig, generation: GenerationConfig | None = None) -> ModelSpec:
-        """Read a text model's config; end tokens are those of `config` and of `generation` together.
+    def from_hf_config(cls, config: PretrainedConfig, eos_token_ids: tuple[int, ...] | None = None) -> ModelSpec:
+        """Read a text model's config; `eos_token_ids` None: the end tokens are those of `config`.
 
         Raises ConfigError naming the field that Outrider cannot run, and what it can.
         """
@@ -135,6 +145,8 @@ class ModelSpec:
             problem = f"does not divide num_attention_heads = {heads}"
             raise ConfigError("num_key_value_heads", kv_heads, problem, "Mend the model's config.json.")
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        if eos_token_ids is None:
+            eos_token_ids = Values(config.to_dict(), "config.json", Path()).end_tokens(config.vocab_size)
         return cls(
             architecture=name,
             num_layers=config.num_hidden_layers,
@@ -152,27 +164,55 @@ class ModelSpec:
             qk_norm=kind.qk_norm,
             sliding_windows=_sliding_windows(config, kind),
             max_positions=config.max_position_embeddings,
-            eos_token_ids=_eos_token_ids(config, generation),
+            eos_token_ids=eos_token_ids,
             activation=config.hidden_act,
             rope=_rope_spec(config, head_dim),
         )
 
 
-def architecture_name(config: dict[str, Any]) -> str:
+def read_spec(raw: Mapping[str, Any], generation: Mapping[str, Any], source: Path) -> ModelSpec:
+    """The model that config.json and generation_config.json of `source` describe, `raw` and `generation`.
+
+    End tokens: where generation_config.json names any, those alone, as in transformers' generate; else those that
+    config.json itself names, never the default of a class. (What ends a turn of a chat beyond these, its template
+    says: `Tokenizer.turn_end_id`.)
+
+    Raises ConfigError naming what is wrong with a value, or what Outrider cannot run.
+    """
+    architecture = architecture_name(raw)  # before transformers, whose import is slow and whose refusals are vague
+    kind = ARCHITECTURES[architecture]
+    values = Values(raw, "config.json", source)
+    if raw.get("model_type", kind.model_type) != kind.model_type:
+        raise values.refused("model_type", f"is not that of {architecture}, {kind.model_type}")
+    values.check()
+    eos_token_ids = Values(generation, "generation_config.json", source).end_tokens(raw["vocab_size"])
+    eos_token_ids = eos_token_ids or values.end_tokens(raw["vocab_size"])
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config = CONFIG_MAPPING[kind.model_type].from_dict({**raw, "architectures": [architecture]})
+        return ModelSpec.from_hf_config(config, eos_token_ids)
+    except (StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        problem = f"cannot be read ({' '.join(str(error).split())})"
+        raise ConfigError("config.json", str(source), problem, "Mend the file.") from error
+
+
+def architecture_name(config: Mapping[str, Any]) -> str:
     """The key of ARCHITECTURES that a config.json asks for; raises ConfigError if there is none.
 
     Quantised checkpoints are refused here too: their weights are not plain tensors.
     """
     quantization = config.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method", quantization)
+        method = quantization.get("quant_method", quantization) if isinstance(quantization, Mapping) else quantization
         remedy = "Name an unquantised safetensors checkpoint, or a GGUF file, which is dequantised on loading."
         raise ConfigError("quantization_config", method, "quantised Hugging Face checkpoints are not supported", remedy)
     names = config.get("architectures") or [
         name for name, kind in ARCHITECTURES.items() if kind.model_type == config.get("model_type")
     ]
-    for name in names:
-        if name in ARCHITECTURES:
+    for name in names if isinstance(names, list) else ():
+        if isinstance(name, str) and name in ARCHITECTURES:
             return name
     raise _unsupported("architectures", names or config.get("model_type"), "architecture", ARCHITECTURES)
 
@@ -193,32 +233,29 @@ def _sliding_windows(config: PretrainedConfig, kind: Architecture) -> tuple[int 
     return tuple(window if layer_type == "sliding_attention" else None for layer_type in config.layer_types)
 
 
-def _eos_token_ids(config: PretrainedConfig, generation: GenerationConfig | None) -> tuple[int, ...]:
-    found: list[int] = []
-    for source in (config, generation):
-        ids = getattr(source, "eos_token_id", None)
-        found += ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
-    return tuple(dict.fromkeys(found))
-
-
 def _rope_spec(config: PretrainedConfig, head_dim: int) -> RopeSpec:
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     parameters = config.rope_parameters
     rope_type = parameters["rope_type"]
-    if rope_type not in ROPE_TYPES:
+    # A factor for each frequency, whatever the length, goes by this name; converted GGUF files have it.
+    is_static = parameters.get("short_factor") == parameters.get("long_factor") and "attention_factor" in parameters
+    if rope_type not in ROPE_TYPES and not (rope_type == "longrope" and is_static):
         raise _unsupported("rope_parameters.rope_type", rope_type, "RoPE scaling", ROPE_TYPES)
     rotated = parameters.get("partial_rotary_factor", 1.0)
     if rotated != 1.0:
         problem = "rotating a part of each head is not supported"
         raise ConfigError("rope_parameters.partial_rotary_factor", rotated, problem, "Use a model that has 1.0.")
     theta = parameters["rope_theta"]
-    dynamic = None
+    dynamic, reach = None, None
     if rope_type == "default":
         inv_freq, scaling = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim)), 1.0
     else:
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
     if rope_type == "dynamic":
         dynamic = DynamicRope(theta, parameters["factor"], config.max_position_embeddings)
-    return RopeSpec(tuple(inv_freq.tolist()), scaling, dynamic)
+    elif rope_type in ("linear", "yarn", "llama3"):
+        unscaled = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+        reach = int(unscaled * parameters["factor"])
+    return RopeSpec(tuple(inv_freq.tolist()), scaling, dynamic, reach)

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from runtime.errors import ConfigError, InvalidRequestError
 from runtime.model.loader import resolve_model
 from runtime.tokenizer import Detokenizer, Tokenizer
+from tests.models import save_byte_tokenizer
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -447,3 +448,20 @@ def test_what_a_template_refuses_is_a_bad_request(byte_fallback: Tokenizer, monk
 def test_a_directory_without_a_tokenizer_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.path"):
         Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["", "{", "version https://git-lfs.github.com/spec/v1"])
+def test_a_broken_tokenizer_file_is_named(tmp_path: Path, name: str, content: str) -> None:
+    save_byte_tokenizer(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=name):
+        Tokenizer(tmp_path)
+
+
+def test_the_end_of_a_turn_is_the_templates(
+    byte_level: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert byte_level.turn_end_id == 2  # <|im_end|>
+    save_byte_tokenizer(tmp_path)
+    assert Tokenizer(tmp_path).turn_end_id is None  # nothing, or a line break, is no token to end at

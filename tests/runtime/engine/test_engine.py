@@ -8,8 +8,10 @@ import pytest
 
 from runtime import Config, Engine, InvalidRequestError, LookaheadConfig, ResourceExhaustedError, SamplingParams
 from runtime.equality import Equality, hugging_face_gap
+from runtime.errors import ConfigError
 from runtime.request import FinishReason
 from runtime.tuning.cost import CostCurve
+from tests.models import save_tiny_model
 
 PLAIN = LookaheadConfig(enabled=False)
 SETTINGS = {
@@ -245,3 +247,24 @@ def test_where_rows_are_dear_the_planner_decodes_plainly(tiny_model):
         engine.cost.observe = lambda num_rows, seconds: None  # type: ignore[method-assign]
         answer = engine.generate([[5, 6, 7]], SamplingParams(max_new_tokens=40, ignore_eos=True))[0]
     assert answer.usage.rows_per_step < 1.5
+
+
+def test_a_chats_answer_ends_where_its_template_ends_it(tmp_path) -> None:
+    """Though the configs know another end token only: a chat would go on for ever."""
+    template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|tool|>{% endfor %}<|assistant|>"
+    save_tiny_model(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    turn_end, chat = 259, [{"role": "user", "content": "Hello"}]
+    with Engine.from_config({"model": {"path": str(tmp_path)}, "lookahead": {"enabled": False}}) as engine:
+        assert engine.spec.eos_token_ids == (261,)
+        assert engine.make_request(chat).sampling.stop_token_ids == (turn_end,)
+        assert engine.make_request(chat, SamplingParams(stop_token_ids=(7,))).sampling.stop_token_ids == (7, turn_end)
+        assert engine.make_request(chat, SamplingParams(ignore_eos=True)).sampling.stop_token_ids == ()
+        assert engine.make_request("Hello").sampling.stop_token_ids == ()
+
+
+def test_broken_weights_are_named_before_workers_start(tmp_path) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="model.safetensors: is empty"):
+        Engine.from_config({"model": {"path": str(tmp_path)}, "parallel": {"tp": 2}})
