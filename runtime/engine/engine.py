@@ -173,19 +173,20 @@ class Engine:
         """
         goes_on = session is not None and session.num_turns > 0
         prompt = as_prompt(prompt)
+        sampling = _parameters("sampling", sampling, self.config.sampling)
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, add_special_tokens=not goes_on)
         elif kind_of(prompt) == "messages":
             messages: Sequence[Mapping[str, str]] = prompt  # type: ignore[assignment]
             after = session.last_token if session is not None else None
             ids = self.tokenizer.encode_turn(messages, after) if goes_on else self.tokenizer.encode_chat(messages)
-            sampling = self._ended_by_turn(sampling or self.config.sampling)
+            sampling = self._ended_by_turn(sampling)
         else:
             ids = list(prompt)  # type: ignore[arg-type]
         request = Request(
             request_id=request_id if request_id is not None else f"request-{next(self._ids)}",
             prompt_ids=tuple(ids),
-            sampling=_parameters("sampling", sampling, self.config.sampling),
+            sampling=sampling,
             lookahead=_parameters("lookahead", lookahead, self.config.lookahead),
             session_id=session.session_id if session is not None else None,
         )
