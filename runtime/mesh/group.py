@@ -7,6 +7,9 @@ directly: it lives and ends with the object, and nobody else sees it.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Literal
@@ -53,6 +56,7 @@ class Group:
             self._backend = dist.ProcessGroupGloo(place, rank, size, options)
         else:
             self._backend = dist.ProcessGroupGloo(place, rank, size, timeout)
+        _open_groups.add(self)
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """Overwrite `tensor` with that of rank `source`, in place."""
@@ -89,6 +93,19 @@ class Group:
         backend, self._backend = self._backend, None
         if hasattr(backend, "shutdown"):
             backend.shutdown()
+
+
+_open_groups: weakref.WeakSet[Group] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """In a forked process: never end the groups that came with it. Their threads did not, and would be waited for."""
+    for group in _open_groups:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group._backend))
+        group._backend = None
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _finish(collective: Any, *arguments: Any) -> None:
