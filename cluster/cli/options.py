@@ -80,9 +80,9 @@ def request_overrides(config: Path | None, settings: Sequence[str]) -> dict[str,
         raise ConfigError("--set", setting, "is not for a client: the server decides that", remedy)
     for section in loaded.model_fields_set:
         given = getattr(loaded, section)
-        overrides[section] = {name: getattr(given, name) for name in given.model_fields_set}
+        overrides[section] = given.model_dump(mode="json", include=given.model_fields_set)
         for name, value in overrides[section].items():
-            if value is None or value == ():  # the wire has no way to say so
+            if value in (None, []):  # the wire has no way to say so
                 problem = "cannot be asked of a server, which would take its own default"
                 raise ConfigError(f"{section}.{name}", value, problem, "Leave it out, or give a value.")
     return overrides

@@ -20,7 +20,6 @@ from runtime.model.spec import ModelSpec
 from runtime.step import Row, StepPlan, StepResult, WireLayout
 from runtime.workers.worker import RESULT_HEADER, Worker, alive_key, result_words, wire_layout
 
-
 LAST_WORDS_S = 1.0
 """How long a worker whose connections have ended may take to say why."""
 

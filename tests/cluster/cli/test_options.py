@@ -12,8 +12,8 @@ def test_a_server_is_sent_what_the_config_made_of_the_text() -> None:
     settings = ["sampling.temperature=1e-1", "sampling.max_new_tokens=1e2", "sampling.stop_token_ids=3,4"]
     settings += ["lookahead={enabled: off, sources: [suffix]}"]
     assert request_overrides(None, settings) == {
-        "sampling": {"temperature": 0.1, "max_new_tokens": 100, "stop_token_ids": (3, 4)},
-        "lookahead": {"enabled": False, "sources": ("suffix",)},
+        "sampling": {"temperature": 0.1, "max_new_tokens": 100, "stop_token_ids": [3, 4]},
+        "lookahead": {"enabled": False, "sources": ["suffix"]},
     }
 
 

@@ -1,4 +1,4 @@
-"""A mesh's groups are its own: torch.distributed's default group, other meshes and this process's end are not touched."""
+"""A mesh's groups are its own: torch.distributed's default group, and other meshes, are not touched."""
 
 from __future__ import annotations
 
