@@ -50,7 +50,7 @@ class Group:
             options._timeout = timeout
             self._backend = dist.ProcessGroupNCCL(place, rank, size, options)
         elif address is not None:
-            options = dist.ProcessGroupGloo._Options()
+            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             options._timeout = timeout
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
             self._backend = dist.ProcessGroupGloo(place, rank, size, options)

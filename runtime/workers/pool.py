@@ -67,7 +67,7 @@ class ProcessPool:
 
     def failure(self) -> str | None:
         if self._failure is None:
-            pipes = [worker.stdout for worker in self._workers]
+            pipes = [worker.stdout for worker in self._workers if worker.stdout is not None]
             ended, _, _ = select.select(pipes, [], [], 0)  # these have said something, or can say no more
             causes = [_cause(worker) for worker in self._workers if worker.stdout in ended]
             # A dead rank's peers fail too, with a broken connection: they are the consequence.
