@@ -6,14 +6,17 @@ defaults of a run, and (merged with a request's own values) as the parameters of
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from runtime import yaml_text
 from runtime.errors import ConfigError, FieldError, InvalidRequestError
+from runtime.yaml_text import NULLS, Plain
 
 S = TypeVar("S", bound="Section")
 
@@ -314,12 +317,18 @@ class SamplingParams(Section):
 
 
 class ServerConfig(Section):
-    host: str = "127.0.0.1"
-    """Address to listen on. 0.0.0.0 takes calls from other machines: there is neither TLS nor authentication."""
+    host: str = Field(default="127.0.0.1", min_length=1)
+    """An address or a name of this machine. 0.0.0.0 and :: are all of its addresses, and take calls from other
+    machines: there is neither TLS nor authentication."""
     port: int = Field(default=50051, ge=0, le=65535)
     """0 lets the system choose; the chosen port is printed."""
     session_idle_timeout_s: float = Field(default=600.0, gt=0)
     """How long a conversation may hold its slot without a turn."""
+
+    @field_validator("host")
+    @classmethod
+    def _without_brackets(cls, host: str) -> str:
+        return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
 class RayConfig(Section):
@@ -378,14 +387,15 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
-        """Read YAML (or nothing), then apply `key.path=value` overrides, their values read as YAML.
+        """Read YAML (or nothing), then apply `key.path=value` overrides. Both mean the same: a value is read as the
+        type of its field (runtime.yaml_text), lists as [a, b] or a,b.
 
         Raises ConfigError naming the field, its value and the remedy.
         """
         tree: dict[str, Any] = {}
         if path is not None:
             try:
-                loaded = yaml.safe_load(Path(path).read_text())
+                loaded = yaml_text.load(Path(path).read_bytes())
             except OSError as error:
                 raise ConfigError(
                     "config", str(path), error.strerror or "cannot be read", "Name a readable YAML file."
@@ -394,9 +404,10 @@ class Config(Section):
                 raise ConfigError("config", str(path), f"is not YAML ({error})", "Mend the file.") from error
             if loaded is not None and not isinstance(loaded, dict):
                 raise ConfigError("config", str(path), "is not a mapping of sections", "See configs/ for examples.")
-            tree = {
-                key: {} if value is None and key in cls.model_fields else value for key, value in (loaded or {}).items()
-            }
+            empty = {key for key, value in (loaded or {}).items() if key in cls.model_fields and value in NULLS}
+            tree = yaml_text.for_field(
+                {key: {} if key in empty else value for key, value in (loaded or {}).items()}, cls
+            )
         for override in overrides:
             _apply_override(tree, override)
         return cls.from_dict(tree)
@@ -407,23 +418,42 @@ class Config(Section):
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+    key, equals, text = (part.strip() for part in override.partition("="))
     if not equals or not key:
         raise ConfigError("--set", override, "is not key.path=value", "Write for example --set parallel.lp=2.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(key, text, "is not a YAML value", "Quote it, or write a list as [a, b].") from error
+    value: Any = Plain(text)
+    kind = _annotation(Config, key)
+    # A text may begin with a bracket: server.host=[::1]
+    if text[:1] in ("'", '"') or text[:1] in ("[", "{") and not _is_text(kind):
+        try:
+            value = yaml_text.load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(key, text, "is not a YAML value", "Quote it, or write a list as [a, b].") from error
     *parents, leaf = key.split(".")
     node = tree
-    for parent in parents:
+    for depth, parent in enumerate(parents):
         child = node.setdefault(parent, {})
+        if depth == 0 and parent == "parallel" and child == "auto":
+            child = node[parent] = {"split": "auto"}
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
             raise ConfigError(key, text, f"{parent} is a value, not a section", "Check the key's path.")
         node = child
-    node[leaf] = value
+    node[leaf] = yaml_text.for_field(value, str if kind is None else kind)
+
+
+def _annotation(section: type[Section], key: str) -> Any:
+    """The type of what `key.path` names; None where it names nothing."""
+    kind: Any = section
+    for part in key.split("."):
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, Section) else {}
+        kind = fields[part].annotation if part in fields else None
+    return kind
+
+
+def _is_text(kind: Any) -> bool:
+    return all(option in (str, type(None)) for option in get_args(kind) or (kind,))
 
 
 def _validated(cls: type[S], tree: Mapping[str, Any], prefix: str, error_type: type[FieldError]) -> S:
@@ -437,7 +467,8 @@ def _validated(cls: type[S], tree: Mapping[str, Any], prefix: str, error_type: t
             for part in first["loc"][:-1]:
                 parent = parent.model_fields[part].annotation
             known = ", ".join(parent.model_fields)
-            raise error_type(field, first["input"], "unknown key", f"Known here: {known}.") from None
+            near = _like(str(first["loc"][-1]), field.removeprefix(prefix), parent, cls, prefix)
+            raise error_type(field, first["input"], "unknown key", f"{near}Known here: {known}.") from None
         problem = first["msg"].removeprefix("Value error, ")
         value = first["input"] if first["type"] != "value_error" else "(section)"
         if first["type"] == "value_error" and ": " in problem:
@@ -447,7 +478,22 @@ def _validated(cls: type[S], tree: Mapping[str, Any], prefix: str, error_type: t
             raise error_type(
                 field, _lookup(first["input"], name), problem, remedy[:1].upper() + remedy[1:] + "."
             ) from None
-        raise error_type(field, value, problem[:1].lower() + problem[1:], "Give a value in that range.") from None
+        remedy = "Give a value of that kind." if first["type"].endswith(("_type", "_parsing")) else "Give one of those."
+        remedy = "Give a value in that range." if "than" in first["type"] else remedy
+        raise error_type(field, value, problem[:1].lower() + problem[1:], remedy) from None
+
+
+def _like(name: str, key: str, parent: type[Section], root: type[Section], prefix: str) -> str:
+    """A question for who wrote an unknown key, if it looks like a known one or stands in another section."""
+    elsewhere = {
+        leaf: f"{section}.{leaf}"
+        for section, field in root.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        for leaf in field.annotation.model_fields
+    }
+    here = {leaf: f"{key[: len(key) - len(name)]}{leaf}" for leaf in parent.model_fields}
+    near = difflib.get_close_matches(name.replace("-", "_"), here) or [leaf for leaf in elsewhere if leaf == name]
+    return f"Did you mean {prefix}{(elsewhere | here)[near[0]]}? " if near else ""
 
 
 def _lookup(tree: Any, path: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from runtime.mesh.group import Group
 from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch
 from runtime.model.decoder import Decoder
@@ -146,8 +147,8 @@ def run_tensor_parallel(rank: int, tp: int, directory: Path) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous-{tp}", rank=rank, world_size=tp)
-    mesh = Mesh(tp=tp, shard=rank, tp_group=dist.group.WORLD)
+    group = Group(dist.FileStore(f"{directory}/rendezvous-{tp}", tp), "tp", rank, tp)
+    mesh = Mesh(tp=tp, shard=rank, tp_group=group)
     found = {}
     for place in sorted(path for path in directory.iterdir() if path.is_dir()):
         spec, tokens, expected = pickle.loads((place / "reference.pkl").read_bytes())
@@ -159,5 +160,5 @@ def run_tensor_parallel(rank: int, tp: int, directory: Path) -> None:
         difference = (torch.cat(chunks) - torch.from_numpy(expected)[:, start:stop]).abs().max().item()
         found[place.name] = (decoder.vocab_range, decoder.heads, difference)
     (directory / f"found-{tp}-{rank}.pkl").write_bytes(pickle.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    group.barrier()
+    mesh.close()

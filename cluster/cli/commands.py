@@ -47,17 +47,15 @@ def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
 
     A mesh of more than one worker runs on Ray: the cluster that ray.address or RAY_ADDRESS names, else a local one.
     """
-    import asyncio
     import logging
 
     from cluster.client.backends import open_engine
+    from cluster.serving.server import serve as serve_until_signal
 
     settings = Config.load(config, set_ or ())
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    with open_engine(settings) as engine:
-        from cluster.serving.server import serve as serve_until_signal
-
-        asyncio.run(serve_until_signal(engine, settings, lambda address: print(f"serving on {address}", flush=True)))
+    engine = open_engine(settings)  # when the port is had
+    serve_until_signal(settings, engine, lambda address: print(f"serving on {address}", flush=True))
 
 
 @app.command()

@@ -206,11 +206,12 @@ def _all_reduce(backend: str) -> str:
     return f"{count} processes agree, {float(outputs[0][0]):.2f} ms for 64 x 576 floats{how}"
 
 
-def _all_reduce_rank(backend: str, store: str, count: int, rank: int) -> None:
+def _all_reduce_rank(backend: Literal["gloo", "nccl"], store: str, count: int, rank: int) -> None:
     """One of the processes: prints the milliseconds of an all-reduce, which on GPUs is replayed as graphs do it."""
     import torch
     import torch.distributed as dist
 
+    from runtime.mesh.group import Group
     from runtime.model.cuda.graphs import Graph, Recorder
 
     torch.set_num_threads(1)
@@ -218,13 +219,12 @@ def _all_reduce_rank(backend: str, store: str, count: int, rank: int) -> None:
     if backend == "nccl":
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=count)
+    group = Group(dist.FileStore(store, count), "all-reduce", rank, count, backend)
     tensor = torch.empty(64, 576, device=device)
 
     def add_up() -> torch.Tensor:
         tensor.fill_(rank + 1)
-        dist.all_reduce(tensor)
-        return tensor
+        return group.all_reduce(tensor)
 
     run = Graph(add_up, Recorder(device)) if backend == "nccl" else add_up
     rounds, first = 20, 2  # the first ones set connections up and record
@@ -234,7 +234,7 @@ def _all_reduce_rank(backend: str, store: str, count: int, rank: int) -> None:
         if not bool((run() == count * (count + 1) // 2).all()):
             raise RuntimeError("the sum is wrong")
     print((time.perf_counter() - started) * 1000 / rounds)
-    dist.destroy_process_group()
+    group.close()
 
 
 def _grpc_loopback() -> str:
@@ -404,4 +404,4 @@ def _lossless(device: str) -> str:
 
 
 if __name__ == "__main__":
-    _all_reduce_rank(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    _all_reduce_rank("nccl" if sys.argv[1] == "nccl" else "gloo", sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -10,7 +10,6 @@ from types import UnionType
 from typing import Annotated, Any, get_origin
 
 import typer
-import yaml
 
 from runtime.config import Config, SamplingParams
 from runtime.errors import ConfigError
@@ -73,13 +72,17 @@ def request_overrides(config: Path | None, settings: Sequence[str]) -> dict[str,
     if config is not None:
         remedy = "Start the server with it, or leave out --address."
         raise ConfigError("--config", str(config), "is not for a client: the server has its own", remedy)
-    Config.load(None, settings)  # refuses unknown keys and bad values
+    loaded = Config.load(None, settings)  # refuses unknown keys and bad values
     overrides: dict[str, dict[str, Any]] = {section: {} for section in PER_REQUEST_SECTIONS}
-    for setting in settings:
-        key, _, text = setting.partition("=")
-        section, _, leaf = key.partition(".")
-        if section not in overrides or not leaf:
-            remedy = f"With --address, set keys of {' and '.join(PER_REQUEST_SECTIONS)} only."
-            raise ConfigError("--set", setting, "is not for a client: the server decides that", remedy)
-        overrides[section][leaf] = yaml.safe_load(text)
+    for section in loaded.model_fields_set - overrides.keys():
+        setting = next(setting for setting in settings if setting.strip().startswith(section))
+        remedy = f"With --address, set keys of {' and '.join(PER_REQUEST_SECTIONS)} only."
+        raise ConfigError("--set", setting, "is not for a client: the server decides that", remedy)
+    for section in loaded.model_fields_set:
+        given = getattr(loaded, section)
+        overrides[section] = given.model_dump(mode="json", include=given.model_fields_set)
+        for name, value in overrides[section].items():
+            if value in (None, []):  # the wire has no way to say so
+                problem = "cannot be asked of a server, which would take its own default"
+                raise ConfigError(f"{section}.{name}", value, problem, "Leave it out, or give a value.")
     return overrides

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.serving import calls
@@ -58,7 +57,7 @@ class Conversation:
         self._inbox: asyncio.Queue[_Turn | Exception | None] = asyncio.Queue()
         self._usage = Usage()  # of the last turn that ran
 
-    async def run(self, messages: AsyncIterable[pb.ConverseRequest]) -> None:
+    async def run(self, messages: AsyncIterable[bytes]) -> None:
         """Answer turns until the client closes its stream. Raises what ends the conversation otherwise."""
         reader = asyncio.create_task(self._read(messages))
         try:
@@ -78,15 +77,11 @@ class Conversation:
 
     # Reading
 
-    async def _read(self, messages: AsyncIterable[pb.ConverseRequest]) -> None:
+    async def _read(self, messages: AsyncIterable[bytes]) -> None:
         try:
             async for message in messages:
-                await self._in_thread(requests.refuse_unknown_fields, message)
-                self._take(message)
+                self._take(await self._in_thread(_parse, message))
             self._inbox.put_nowait(None)
-        except DecodeError as error:
-            problem, remedy = f"cannot be decoded ({error})", "Send messages of the proto's type."
-            self._inbox.put_nowait(InvalidRequestError("request", "message", problem, remedy))
         except Exception as error:  # raised where its turn is
             self._inbox.put_nowait(error)
 
@@ -174,3 +169,7 @@ class Conversation:
         return IdleError(
             f"{what} for {self._idle_timeout_s:g} s (server.session_idle_timeout_s); the session is closed"
         )
+
+
+def _parse(message: bytes) -> pb.ConverseRequest:
+    return requests.parse(pb.ConverseRequest, message)

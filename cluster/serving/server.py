@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import logging
+import queue
 import signal
+import socket
+import threading
 import time
-from collections.abc import AsyncIterable, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
-from typing import Any
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, aclosing, contextmanager
+from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.pb.outrider.v1 import generation_pb2 as pb
-from cluster.pb.outrider.v1 import generation_pb2_grpc as pb_grpc
 from cluster.serving import calls
 from cluster.serving.converse import Conversation
 from cluster.wire import answers, requests
@@ -30,10 +33,14 @@ from runtime.request import FinishReason, Request
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 MAX_MESSAGE_BYTES = 16 * 2**20
 DRAIN_GRACE_S = 30.0
 """How long live streams may go on after a signal to stop."""
+
+ANOTHER_PORT = "Choose a free one; 0 lets the system choose."
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -43,35 +50,52 @@ _OPTIONS = [
     # Finds clients that vanished without a word, whose sequences would run on.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # Clients do the same, however often and with nothing to say, and that is no reason to end what they wait for.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_ping_strikes", 0),
 ]
 
 
-class GenerationService(pb_grpc.GenerationServiceServicer):
-    """Text in, text out; everything between is the loop's."""
+class GenerationService:
+    """Text in, text out; everything between is the loop's. Messages come as bytes, since gRPC has no status for what
+    it cannot read itself."""
 
-    def __init__(self, engine: Engine, loop: EngineLoop) -> None:
-        self._engine, self._loop = engine, loop
+    def __init__(self) -> None:
         # Tokenising a long prompt takes a while, and the event loop must not.
         self._threads = ThreadPoolExecutor(4, "outrider-tokenize")
+        self._opened: tuple[Engine, EngineLoop] | None = None
         self._num_refused = 0
         self._draining = False
         self._live: set[asyncio.Task[object]] = set()
         self._conversations: set[Conversation] = set()
 
-    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        await self._carry_out(self._generate(request, context), context)
+    def open(self, engine: Engine, loop: EngineLoop) -> None:
+        """Take calls from now on."""
+        self._opened = engine, loop
 
-    async def Converse(  # noqa: N802
-        self, request_iterator: AsyncIterable[pb.ConverseRequest], context: grpc.aio.ServicerContext
-    ) -> None:
-        await self._carry_out(self._converse(request_iterator, context), context)
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The service's methods, as a server wants them."""
+        write, write_turn = pb.GenerateResponse.SerializeToString, pb.ConverseResponse.SerializeToString
+        write_info = pb.GetServerInfoResponse.SerializeToString
+        methods = {
+            "Generate": grpc.unary_stream_rpc_method_handler(self.Generate, response_serializer=write),
+            "Converse": grpc.stream_stream_rpc_method_handler(self.Converse, response_serializer=write_turn),
+            "GetServerInfo": grpc.unary_unary_rpc_method_handler(self.GetServerInfo, response_serializer=write_info),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
+
+    async def Generate(self, message: bytes, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
+        await self._carry_out(self._generate(message, context), context)
+
+    async def Converse(self, messages: AsyncIterable[bytes], context: grpc.aio.ServicerContext) -> None:  # noqa: N802
+        await self._carry_out(self._converse(messages, context), context)
 
     async def GetServerInfo(  # noqa: N802
-        self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
+        self, message: bytes, context: grpc.aio.ServicerContext
     ) -> pb.GetServerInfoResponse:
         try:
-            requests.refuse_unknown_fields(request)
-            return server_info(self._engine, self._loop, self._num_refused)
+            requests.parse(pb.GetServerInfoRequest, message)
+            return server_info(*self._engine_and_loop(), self._num_refused)
         except Exception as error:
             await calls.abort(context, error)
 
@@ -101,21 +125,22 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             self._num_refused += isinstance(error, FieldError)
             await calls.abort(context, error)
 
-    async def _generate(self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+    async def _generate(self, message: bytes, context: grpc.aio.ServicerContext) -> None:
         arrival_s = time.perf_counter()
         self._refuse_while_draining()
-        request = await asyncio.get_running_loop().run_in_executor(self._threads, self._read, message)
+        engine, loop = self._engine_and_loop()
+        request = await asyncio.get_running_loop().run_in_executor(self._threads, _read, message, engine)
         request = dataclasses.replace(request, arrival_s=arrival_s)
-        async with aclosing(calls.answer(self._loop, self._engine.tokenizer, request)) as outputs:
+        async with aclosing(calls.answer(loop, engine.tokenizer, request)) as outputs:
             async for output, text in outputs:
                 if output.finish_reason is FinishReason.CANCELLED:
                     # A client that cancels does not get here; this is `GenerationServer.stop`.
                     raise WorkerError("the server shut down before the text had ended")
                 await context.write(answers.response(output, text))
 
-    async def _converse(self, messages: AsyncIterable[pb.ConverseRequest], context: grpc.aio.ServicerContext) -> None:
+    async def _converse(self, messages: AsyncIterable[bytes], context: grpc.aio.ServicerContext) -> None:
         self._refuse_while_draining()
-        conversation = Conversation(self._engine, self._loop, self._threads, context)
+        conversation = Conversation(*self._engine_and_loop(), self._threads, context)
         self._conversations.add(conversation)
         try:
             await conversation.run(messages)
@@ -126,44 +151,59 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         if self._draining:
             raise WorkerError("the server is shutting down")
 
-    def _read(self, message: pb.GenerateRequest) -> Request:
-        requests.refuse_unknown_fields(message)
-        prompt, request_id = requests.read_prompt(message), requests.read_id(message, "request_id")
-        sampling = requests.read_sampling(message, self._engine.config.sampling)
-        lookahead = requests.read_lookahead(message, self._engine.config.lookahead)
-        return self._engine.make_request(prompt, sampling, lookahead, request_id)
+    def _engine_and_loop(self) -> tuple[Engine, EngineLoop]:
+        if self._opened is None:
+            raise WorkerError("the model is still being loaded")
+        return self._opened
+
+
+def _read(message: bytes, engine: Engine) -> Request:
+    request = requests.parse(pb.GenerateRequest, message)
+    prompt, request_id = requests.read_prompt(request), requests.read_id(request, "request_id")
+    sampling = requests.read_sampling(request, engine.config.sampling)
+    lookahead = requests.read_lookahead(request, engine.config.lookahead)
+    return engine.make_request(prompt, sampling, lookahead, request_id)
 
 
 class GenerationServer:
-    """The services and their port. `start`, then `drain` if streams should end by themselves, then `stop`."""
+    """The services and their port. `start`, `open` once there is an engine, then `drain` if streams should end by
+    themselves, then `stop`."""
 
-    def __init__(self, engine: Engine, config: Config) -> None:
-        self._engine, self._config = engine, config
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._loop: EngineLoop | None = None
+        self._service = GenerationService()
+        self._health = health.aio.HealthServicer()
 
     async def start(self) -> str:
-        """Serve; returns the address, HOST:PORT. Raises ConfigError if the port cannot be had."""
-        events = asyncio.get_running_loop()
+        """Listen, and say to health checks that nothing is served yet; returns the address, HOST:PORT.
+
+        Raises ConfigError if host or port cannot be had.
+        """
         host, port = self._config.server.host, self._config.server.port
+        check_free(host, port)
         host = f"[{host}]" if ":" in host else host
         self._grpc = grpc.aio.server(options=_OPTIONS)
         try:
             port = self._grpc.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
-            problem, remedy = f"{host}:{port} cannot be bound ({error})", "Choose a free one; 0 lets the system choose."
-            raise ConfigError("server.port", port, problem, remedy) from error
-        self._health = health.aio.HealthServicer()
-        self._loop = EngineLoop(
-            self._engine, on_failure=lambda _: asyncio.run_coroutine_threadsafe(self._not_serving(), events)
-        )
-        self._service = GenerationService(self._engine, self._loop)
-        pb_grpc.add_GenerationServiceServicer_to_server(self._service, self._grpc)
+            raise ConfigError("server.port", port, f"{host}:{port} cannot be bound ({error})", ANOTHER_PORT) from error
+        self._grpc.add_generic_rpc_handlers((self._service.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
-        for name in ("", SERVICE_NAME):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._grpc.start()
         return f"{host}:{port}"
+
+    async def open(self, engine: Engine) -> None:
+        """Serve this engine, which stays the caller's to close."""
+        events = asyncio.get_running_loop()
+        self._loop = EngineLoop(
+            engine, on_failure=lambda _: asyncio.run_coroutine_threadsafe(self._not_serving(), events)
+        )
+        self._service.open(engine, self._loop)
+        await self._say(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self, grace_s: float = DRAIN_GRACE_S) -> None:
         """Take no more requests, say so to health checks, and let live streams end, for at most `grace_s` seconds."""
@@ -171,44 +211,108 @@ class GenerationServer:
         await self._service.drain(grace_s)
 
     async def stop(self) -> None:
-        """End what is still live with UNAVAILABLE, and close the port. The engine stays the caller's to close."""
+        """End what is still live with UNAVAILABLE, and close the port."""
         await self._not_serving()
-        await asyncio.to_thread(self._loop.close)
+        if self._loop is not None:
+            await asyncio.to_thread(self._loop.close)
         # The loop has told every stream; the grace is for the last words to reach the clients.
         await self._grpc.stop(grace=2.0)
         self._service.close()
+
+    async def _say(self, status: Any) -> None:
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, status)
 
     async def _not_serving(self) -> None:
         await self._health.enter_graceful_shutdown()
 
 
-async def serve(
-    engine: Engine,
+def check_free(host: str, port: int) -> None:
+    """Raise ConfigError naming server.host or server.port, whichever is to blame, if one could not listen there.
+
+    gRPC does not say why it cannot, and is content with one of a name's several addresses.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        remedy = "Give an address or a name of this machine, or 0.0.0.0 or :: for all of its addresses."
+        raise ConfigError("server.host", host, f"cannot be resolved ({error})", remedy) from error
+    num_had, refused = 0, None
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+                probe.listen(1)
+            num_had += 1
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError("server.port", port, f"is taken at {address[0]}", ANOTHER_PORT) from error
+            if error.errno in (errno.EACCES, errno.EPERM):
+                problem = "is a port that only privileged programs may listen at"
+                raise ConfigError("server.port", port, problem, "Choose one from 1024 on, or 0.") from error
+            refused = error  # a name may have an address of a kind that this machine does not use
+    if not num_had:
+        problem, remedy = f"is no address that this machine can listen at ({refused})", "Give one of its addresses."
+        raise ConfigError("server.host", host, problem, remedy)
+
+
+def serve(
     config: Config,
+    engine: AbstractContextManager[Engine],
     announce: Callable[[str], None] | None = None,
     grace_s: float = DRAIN_GRACE_S,
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then drain; a second signal ends the draining.
+    """Listen, open the engine, and serve it until SIGINT or SIGTERM; then drain. A second signal ends the draining.
 
-    `announce` gets the address, HOST:PORT, once calls are taken. Must run in the main thread, which owns signals.
+    `announce` gets the address, HOST:PORT, once calls are taken; before, health checks are answered NOT_SERVING. Must
+    run in the main thread, which owns signals. Raises ConfigError, before the engine is opened, if the port cannot be
+    had.
     """
-    signals: asyncio.Queue[int] = asyncio.Queue()
-    events = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        events.add_signal_handler(number, signals.put_nowait, number)
-    server = GenerationServer(engine, config)
+    signals: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    with _events() as run:
+        server = GenerationServer(config)
+        address = run(server.start()).result()
+        try:
+            with engine as opened, _caught(signals.put):
+                try:
+                    run(server.open(opened)).result()
+                    log.info("serving on %s", address)
+                    if announce is not None:
+                        announce(address)
+                    name = signal.Signals(signals.get() or 0).name
+                    log.info("%s: finishing the live streams, for at most %g s", name, grace_s)
+                    run(server.drain(grace_s)).add_done_callback(lambda _: signals.put(None))
+                    signals.get()
+                finally:  # the engine is closed after its loop
+                    run(server.stop()).result()
+        except BaseException:
+            run(server.stop()).result()
+            raise
+
+
+@contextmanager
+def _events() -> Iterator[Callable[[Coroutine[Any, Any, T]], Future[T]]]:
+    """An event loop in a thread of its own, beside what the main thread loads; gives what runs a coroutine there."""
+    events = asyncio.new_event_loop()
+    thread = threading.Thread(target=events.run_forever, name="outrider-server", daemon=True)
+    thread.start()
     try:
-        address = await server.start()
-        log.info("serving on %s", address)
-        if announce is not None:
-            announce(address)
-        name = signal.Signals(await signals.get()).name
-        log.info("%s: finishing the live streams, for at most %g s", name, grace_s)
-        waits = [asyncio.ensure_future(server.drain(grace_s)), asyncio.ensure_future(signals.get())]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
-        await server.stop()
+        yield lambda coroutine: asyncio.run_coroutine_threadsafe(coroutine, events)
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            events.remove_signal_handler(number)
+        events.call_soon_threadsafe(events.stop)
+        thread.join()
+        events.close()
+
+
+@contextmanager
+def _caught(take: Callable[[int], None]) -> Iterator[None]:
+    """Hand SIGINT and SIGTERM to `take`, which must be safe in a signal handler."""
+    before = {number: signal.signal(number, lambda n, _: take(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from cluster.pb.outrider.v1 import generation_pb2 as pb
@@ -13,6 +13,8 @@ from runtime.config import LookaheadConfig, SamplingParams
 from runtime.errors import InvalidRequestError
 from runtime.prompts import as_messages, as_token_ids
 from runtime.request import Prompt
+
+M = TypeVar("M", bound=Message)
 
 MAX_ID_LENGTH = 128
 
@@ -82,6 +84,18 @@ def _message(section: str, kind: Any, values: Mapping[str, Any] | None) -> dict[
 
 
 # From messages
+
+
+def parse(kind: type[M], content: bytes) -> M:
+    """The message that came as these bytes. Raises InvalidRequestError if it is none, or has unknown fields."""
+    try:
+        message = kind.FromString(content)
+    except (DecodeError, ValueError) as error:
+        problem = f"{len(content)} bytes are no {kind.DESCRIPTOR.name} ({error})"
+        remedy = "Send a message of the proto's type; its texts are UTF-8."
+        raise InvalidRequestError("request", f"{content[:16].hex(' ')} ...", problem, remedy) from error
+    refuse_unknown_fields(message)
+    return message
 
 
 def refuse_unknown_fields(message: Message, path: str = "") -> None:

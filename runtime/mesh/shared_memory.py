@@ -22,13 +22,10 @@ import torch.distributed as dist
 
 from runtime.compiler import BuildError, shared_library
 from runtime.errors import WorkerError
+from runtime.mesh.group import COLLECTIVE_TIMEOUT_S, Group
 
 SOURCE = Path(__file__).with_name("meeting.cpp")
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off")
-
-COLLECTIVE_TIMEOUT_S = 1800.0
-"""Longest wait in a collective, loading the model included. A peer that dies is noticed at once, by its
-closed connections or its file lock; an idle coordinator sends a heartbeat well within this time."""
 
 AREA = 1 << 20
 """Bytes of a rank's part; what is larger goes piece by piece."""
@@ -123,11 +120,12 @@ def size(num_ranks: int) -> int:
     return HEADER + 2 * num_ranks * AREA
 
 
-def join(store: dist.Store, name: str, group: dist.ProcessGroup, rank: int, num_ranks: int) -> SharedMemory | None:
+def join(store: dist.Store, name: str, group: Group) -> SharedMemory | None:
     """Meet the group's ranks in shared memory, if they are all on this machine and can compile; on all or none.
 
     `name` is the group's own in the store.
     """
+    rank, num_ranks = group.rank, group.size
     path, file = "", -1
     if rank == 0:
         folder = Path("/dev/shm")
@@ -144,9 +142,9 @@ def join(store: dist.Store, name: str, group: dist.ProcessGroup, rank: int, num_
         library()
         found = os.fstat(file).st_size == size(num_ranks) and os.pread(file, 1, HEADER - 1) == b"\1"
     agreed = torch.tensor([int(found)])
-    dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=group)
+    group.all_reduce(agreed, dist.ReduceOp.MIN)
     memory = SharedMemory(file, rank, num_ranks) if agreed.item() else None
-    dist.barrier(group=group)  # nobody looks for a dead one before all are there
+    group.barrier()  # nobody looks for a dead one before all are there
     if path:
         os.unlink(path)
     if memory is None and file >= 0:

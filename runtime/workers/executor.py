@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import timedelta
 from typing import Protocol
@@ -14,9 +15,13 @@ from runtime.config import Config
 from runtime.errors import WorkerError
 from runtime.mesh import mesh
 from runtime.mesh.device import pick_device
+from runtime.mesh.group import COLLECTIVE_TIMEOUT_S
 from runtime.model.spec import ModelSpec
 from runtime.step import Row, StepPlan, StepResult, WireLayout
 from runtime.workers.worker import RESULT_HEADER, Worker, alive_key, result_words, wire_layout
+
+LAST_WORDS_S = 1.0
+"""How long a worker whose connections have ended may take to say why."""
 
 
 class Executor(Protocol):
@@ -68,6 +73,8 @@ class MeshExecutor:
         self._config, self._pool = config, pool
         self._layout: WireLayout = wire_layout(config)
         self._plan = torch.zeros(self._layout.length, dtype=torch.int32)
+        self._control: mesh.ControlGroup | None = None
+        self._process = os.getpid()
         self._closed = False
         try:
             self._control = self._form_mesh(spec)
@@ -78,12 +85,12 @@ class MeshExecutor:
 
     def _form_mesh(self, spec: ModelSpec) -> mesh.ControlGroup:
         """Start the workers, wait until each has reached the store, then build the groups."""
-        timeout = timedelta(seconds=mesh.COLLECTIVE_TIMEOUT_S)
+        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
         parallel = self._config.parallel
         store = dist.TCPStore(self._pool.host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
         self._pool.start(self._config, spec, self._pool.host, store.port)
         waiting = [alive_key(rank) for rank in range(1, 1 + parallel.num_workers)]
-        deadline = time.monotonic() + mesh.COLLECTIVE_TIMEOUT_S
+        deadline = time.monotonic() + COLLECTIVE_TIMEOUT_S
         while waiting:
             if failure := self._pool.failure():
                 raise WorkerError(f"a worker ended while it was starting: {failure}")
@@ -95,37 +102,48 @@ class MeshExecutor:
         return control
 
     def execute(self, plan: StepPlan) -> StepResult:
+        if self._control is None or os.getpid() != self._process:
+            raise WorkerError("the workers have been ended, or belong to the process that this one was forked from")
         started = time.perf_counter()
         self._layout.encode(plan, self._plan.numpy())
         words = result_words(plan, self._config.parallel.lp)
         results = [torch.zeros(words, dtype=torch.int32) for _ in range(1 + self._config.parallel.lp)]
         try:
-            dist.broadcast(self._plan, src=0, group=self._control.plan_group)
+            self._control.plan_group.broadcast(self._plan, source=0)
             sent = time.perf_counter()
             if plan.stop:
                 return StepResult(np.empty(0, np.int32), np.empty((0, 0), np.int32), {})
-            dist.gather(results[0], results, dst=0, group=self._control.result_group)
+            assert self._control.result_group is not None
+            self._control.result_group.gather(results[0], results)
         except RuntimeError as error:
-            raise WorkerError(f"a step failed: {self._pool.failure() or error}") from error
+            raise WorkerError(f"a step failed: {self._why() or error}") from error
         received = time.perf_counter()
         forward = max(int(result[0]) for result in results[1:]) * 1e-6
         seconds = {"broadcast": sent - started, "forward": forward, "gather": max(received - sent - forward, 0.0)}
         chosen = _merged(plan, [result.numpy()[RESULT_HEADER:] for result in results[1:]])
         return StepResult(chosen[:, 0], chosen[:, 1:], seconds)
 
+    def _why(self) -> str | None:
+        """Why a worker has ended. Its connections end a moment before it does."""
+        deadline = time.monotonic() + LAST_WORDS_S
+        while (failure := self._pool.failure()) is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return failure
+
     def close(self) -> None:
-        if self._closed:
+        if self._closed or os.getpid() != self._process:  # a forked process has its parent's connections, too
             return
         self._closed = True
         try:
-            if dist.is_initialized():
+            if self._control is not None:
                 self.execute(StepPlan.empty(stop=True))
         except WorkerError:
             pass  # they are gone already
         finally:
             self._pool.close()
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            if self._control is not None:
+                self._control.close()
+                self._control = None
 
 
 def _merged(plan: StepPlan, results: list[np.ndarray]) -> np.ndarray:

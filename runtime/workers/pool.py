@@ -1,81 +1,137 @@
-"""Workers as processes of this machine: a mesh without Ray, for tests and for the Python API."""
+"""Workers as processes of this machine: a mesh without Ray, for tests and for the Python API.
+
+A worker is a fresh interpreter, told over its standard input what to be. The program that wants it is not imported
+again, so it may be anything: a script without a guard around its body, a notebook, `python -c`.
+"""
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+import weakref
+from contextlib import suppress
+from multiprocessing.spawn import get_executable
+from pathlib import Path
 
 from runtime.config import Config
+from runtime.errors import ConfigError
+from runtime.mesh.group import LOOPBACK
 from runtime.model.spec import ModelSpec
 
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
 """Several workers share the cores: none may spin while it waits. Set before torch is imported."""
 
+STOP_GRACE_S = 5.0
+"""How long workers may take to end by themselves before they are killed."""
+MAX_REPORT_BYTES = 16_384
+"""What a worker says last fits into its pipe, since nobody reads before it has ended."""
+
+_MAIN = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from runtime.workers.pool import main; main()"
+
 
 class ProcessPool:
-    """One spawned process per rank."""
+    """One process per rank. They end with this one, however it ends."""
 
-    host = "127.0.0.1"
+    host = LOOPBACK
 
     def __init__(self) -> None:
-        self._workers: list[tuple[BaseProcess, Connection]] = []
+        self._workers: list[subprocess.Popen[bytes]] = []
+        self._failure: str | None = None
+        self._finalizer = weakref.finalize(self, _end, self._workers, os.getpid())
 
     def start(self, config: Config, spec: ModelSpec, host: str, port: int) -> None:
-        context = mp.get_context("spawn")
-        with _environment(WORKER_ENVIRONMENT):
-            for rank in range(1, 1 + config.parallel.num_workers):
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_run, args=(theirs, config, spec, rank, host, port), daemon=True)
-                process.start()
-                theirs.close()
-                self._workers.append((process, ours))
+        executable = os.fsdecode(get_executable() or "")
+        if not executable or getattr(sys, "frozen", False):
+            problem = f"workers are processes of the Python interpreter, and this program is none ({executable!r})"
+            remedy = "Name the interpreter with multiprocessing.set_executable, or set lp and tp to 1."
+            raise ConfigError("parallel", f"lp={config.parallel.lp} tp={config.parallel.tp}", problem, remedy)
+        # -P: the current folder is not a place to import from unless it is for this program, too.
+        command = [executable, *subprocess._args_from_interpreter_flags(), "-P", "-c", _MAIN]  # type: ignore[attr-defined]
+        path = [*sys.path, str(Path(__file__).parents[2])]  # the last in case that "" is not that folder any more
+        for rank in range(1, 1 + config.parallel.num_workers):
+            worker = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | WORKER_ENVIRONMENT
+            )
+            self._workers.append(worker)
+            assert worker.stdin is not None
+            with suppress(BrokenPipeError):  # it has ended already, and `failure` says so
+                worker.stdin.write(pickle.dumps(path) + pickle.dumps((rank, (config, spec, rank, host, port))))
+                worker.stdin.flush()  # and left open: when it ends, so does the worker
 
     def failure(self) -> str | None:
-        for process, pipe in self._workers:
-            try:
-                if pipe.poll():
-                    return pipe.recv()
-            except EOFError:
-                process.join(timeout=1)
-            if process.exitcode:
-                return f"process {process.pid} ended with exit code {process.exitcode}"
-        return None
+        if self._failure is None:
+            pipes = [worker.stdout for worker in self._workers if worker.stdout is not None]
+            ended, _, _ = select.select(pipes, [], [], 0)  # these have said something, or can say no more
+            causes = [_cause(worker) for worker in self._workers if worker.stdout in ended]
+            # A dead rank's peers fail too, with a broken connection: they are the consequence.
+            self._failure = min(causes, key=lambda cause: "onnection" in cause or "peer" in cause, default=None)
+        return self._failure
 
     def close(self) -> None:
-        for process, _ in self._workers:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        self._workers.clear()
+        self._finalizer()
 
 
-def _run(pipe: Connection, config: Config, spec: ModelSpec, rank: int, host: str, port: int) -> None:
+def _cause(worker: subprocess.Popen[bytes]) -> str:
+    """What the worker, which is ending, said last."""
+    assert worker.stdout is not None
+    if said := os.read(worker.stdout.fileno(), MAX_REPORT_BYTES):
+        return said.decode(errors="replace")
+    with suppress(subprocess.TimeoutExpired):
+        worker.wait(STOP_GRACE_S)
+    return f"process {worker.pid} ended with exit code {worker.returncode}"
+
+
+def _end(workers: list[subprocess.Popen[bytes]], owner: int) -> None:
+    """End the processes, if this is the one that started them and not one that was forked from it."""
+    if os.getpid() != owner:
+        return
+    for worker in workers:
+        assert worker.stdin is not None and worker.stdout is not None
+        with suppress(BrokenPipeError):
+            worker.stdin.close()
+    deadline = time.monotonic() + STOP_GRACE_S
+    for worker in workers:
+        try:
+            worker.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+        assert worker.stdout is not None
+        worker.stdout.close()
+    workers.clear()
+
+
+def main() -> None:
+    """Be the worker that standard input describes. What goes wrong is written to what was standard output."""
+    report = os.dup(1)
+    with suppress(OSError):  # there may be no standard error
+        os.dup2(2, 1)  # what is printed here is nobody's result
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator, which ends its workers if it ends
+    threading.Thread(target=_end_with_owner, name="outrider-owner", daemon=True).start()
+    rank = "of a worker"
     try:
         from runtime.workers.worker import serve  # here, so that an import error is reported too
 
-        serve(config, spec, rank, host, port)
-    except KeyboardInterrupt:
-        pass  # the coordinator was interrupted too, and ends this process
+        rank, what = pickle.load(sys.stdin.buffer)
+        serve(*what)
     except BaseException:
-        pipe.send(f"rank {rank}: " + traceback.format_exc(limit=-3))
+        text = f"rank {rank}: {traceback.format_exc(limit=-3)}"
+        os.write(report, text.encode(errors="replace")[-MAX_REPORT_BYTES:])
         raise SystemExit(1) from None
 
 
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+def _end_with_owner() -> None:
+    """End this process as soon as the one that started it has gone, or has closed its standard input."""
+    owner, closed = os.getppid(), select.poll()
+    closed.register(sys.stdin.fileno(), select.POLLHUP)
+    # A process that was forked from the owner keeps the pipe open, so look at the parent, too.
+    while not closed.poll(1000) and os.getppid() == owner:
+        pass
+    os._exit(1)

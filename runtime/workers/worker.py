@@ -13,6 +13,7 @@ import torch.distributed as dist
 from runtime.config import Config
 from runtime.mesh import mesh as meshes
 from runtime.mesh.device import pick_device, upload
+from runtime.mesh.group import COLLECTIVE_TIMEOUT_S
 from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch
 from runtime.model.cuda.graphs import GraphedDecoder
@@ -144,20 +145,21 @@ def serve(config: Config, spec: ModelSpec, rank: int, host: str, port: int) -> N
     parallel = config.parallel
     torch.set_num_threads(parallel.threads_each(os.cpu_count() or 1, parallel.num_workers))
     device = pick_device(config, (rank - 1) % max(torch.cuda.device_count(), 1))
-    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=meshes.COLLECTIVE_TIMEOUT_S))
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
     store.set(alive_key(rank), "")
     control, mesh = meshes.join(rank, parallel.lp, parallel.tp, device, store)
     assert mesh is not None
     try:
         _loop(Worker(config, spec, mesh), control, wire_layout(config))
-    finally:
-        dist.destroy_process_group()  # a peer that waits for this rank learns at once that it has gone
+    finally:  # a peer that waits for this rank learns at once that it has gone
+        mesh.close()
+        control.close()
 
 
 def _loop(worker: Worker, control: meshes.ControlGroup, layout: WireLayout) -> None:
     buffer = torch.zeros(layout.length, dtype=torch.int32)
     while True:
-        dist.broadcast(buffer, src=0, group=control.plan_group)
+        control.plan_group.broadcast(buffer, source=0)
         plan = layout.decode(buffer.numpy())
         if plan.stop:
             return
@@ -167,7 +169,7 @@ def _loop(worker: Worker, control: meshes.ControlGroup, layout: WireLayout) -> N
             result = torch.zeros(result_words(plan, worker.mesh.lp), dtype=torch.int32)
             result[RESULT_HEADER : RESULT_HEADER + chosen.size] = torch.from_numpy(chosen.ravel())
             result[0] = int((time.perf_counter() - started) * 1e6)
-            dist.gather(result, dst=0, group=control.result_group)
+            control.result_group.gather(result)
 
 
 def result_words(plan: StepPlan, lp: int) -> int:

@@ -87,3 +87,97 @@ def test_configs_are_frozen():
     with pytest.raises(ValidationError):
         config.parallel.lp = 3  # type: ignore[misc]
     yaml.safe_dump(config.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("sampling.temperature", "1e-1", 0.1),
+        ("sampling.temperature", ".5", 0.5),
+        ("sampling.max_new_tokens", "1e3", 1000),
+        ("sampling.max_new_tokens", "010", 10),
+        ("sampling.max_new_tokens", "0x10", 16),
+        ("sampling.seed", "12_000", 12000),
+        ("sampling.stop_token_ids", "1,2", (1, 2)),
+        ("sampling.stop_token_ids", "7", (7,)),
+        ("sampling.stop_token_ids", "[1, 2]", (1, 2)),
+        ("lookahead.enabled", "no", False),
+        ("lookahead.enabled", "ON", True),
+        ("lookahead.row_budget", "null", None),
+        ("lookahead.row_budget", "~", None),
+        ("lookahead.row_budget", "", None),
+        ("lookahead.sources", "suffix", ("suffix",)),
+        ("lookahead.sources", "suffix, recycle", ("suffix", "recycle")),
+        ("model.path", "no", "no"),
+        ("model.path", "NO", "NO"),
+        ("model.path", "123", "123"),
+        ("model.path", "1e-1", "1e-1"),
+        ("model.path", "12:30", "12:30"),
+        ("model.path", "2024-01-01", "2024-01-01"),
+        ("model.path", "'null'", "null"),
+        ("model.path", "/α=β", "/α=β"),
+        ("server.host", "::1", "::1"),
+    ],
+)
+def test_a_value_is_what_its_field_takes_it_for(tmp_path, key, text, value):
+    """On the command line and in a file alike."""
+    section, leaf = key.split(".")
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{section}:\n  {leaf}: {f'[{text}]' if ', ' in text and text[0] != '[' else text}\n")
+    for config in (Config.load(None, [f"{key}={text}"]), Config.load(None, [f" {key} = {text} "]), Config.load(file)):
+        assert getattr(getattr(config, section), leaf) == value
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sampling.max_new_tokens=12:30",
+        "sampling.max_new_tokens=7.5",
+        "sampling.max_new_tokens=1e999999999",
+        "sampling.max_new_tokens=",
+        "sampling.temperature=1,5",
+        "sampling.temperature=inf",
+        "lookahead.enabled=maybe",
+        "lookahead.sources=psychic",
+        "server.host=",
+    ],
+)
+def test_what_a_field_cannot_take_is_refused_by_name(override):
+    with pytest.raises(ConfigError) as error:
+        Config.load(None, [override])
+    assert error.value.field.startswith(override.partition("=")[0])
+
+
+def test_values_on_the_command_line_may_have_characters_of_yaml():
+    assert Config.load(None, ["server.host=[::1]"]).server.host == "::1"
+    assert Config.load(None, ["model.path=/a b/#3 {x"]).model.path == "/a b/#3 {x"
+    parallel = Config.load(None, ["parallel=auto", "parallel.workers=2"]).parallel
+    assert (parallel.split, parallel.workers) == ("auto", 2)
+    separators = Config.load(None, ["cache.policy=sep", 'cache.separators=[".", "1"]']).cache.separators
+    assert separators == (".", "1")
+    assert Config.load(None, ["cache.policy=sep", "cache.separators=30,28"]).cache.separators == (30, 28)
+
+
+def test_files_in_any_unicode_encoding_and_no_key_twice(tmp_path):
+    file = tmp_path / "run.yaml"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        file.write_bytes("model:\n  path: /modèle\n".encode(encoding))
+        assert Config.load(file).model.path == "/modèle"
+    for content in (b"model: {path: a}\nmodel: {dtype: auto}", b"model:\n  path: a\n  path: b\n", b"\xff\xfe\xff"):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match="not YAML"):
+            Config.load(file)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("lp=2", "parallel.lp"),
+        ("lookahead.windowsize=3", "lookahead.window_size"),
+        ("sampling.max-new-tokens=3", "sampling.max_new_tokens"),
+        ("paralel.lp=2", "parallel"),
+    ],
+)
+def test_an_unknown_key_is_asked_about(override, meant):
+    with pytest.raises(ConfigError, match=rf"Did you mean {meant}\?"):
+        Config.load(None, [override])

@@ -18,10 +18,11 @@ class ServerThread:
         self._events = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._events.run_forever, name="test-server")
         self._thread.start()
-        self._server = GenerationServer(engine, engine.config)
+        self._server = GenerationServer(engine.config)
         self._stopped = False
         try:
             self.address: str = self.run(self._server.start())
+            self.run(self._server.open(engine))
         except BaseException:
             self._end_thread()
             raise

@@ -16,14 +16,14 @@ from cluster.wire.statuses import CallError
 pytestmark = [pytest.mark.system, pytest.mark.timeout(90)]
 
 PROGRAM = """
-import asyncio, sys
+from contextlib import nullcontext
 from cluster.serving.server import serve
 from runtime.config import Config
 from tests.cluster.serving.scripted_engine import ScriptedEngine
 
 config = Config.load(None, ["server.port=0"])
 engine = ScriptedEngine(config, step_s=0.02)
-asyncio.run(serve(engine, config, announce=lambda address: print(address, flush=True), grace_s=60))
+serve(config, nullcontext(engine), announce=lambda address: print(address, flush=True), grace_s=60)
 print("closed", flush=True)
 """
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from runtime.compiler import BuildError
 from runtime.errors import WorkerError
 from runtime.mesh import shared_memory
+from runtime.mesh.group import Group
 
 pytestmark = pytest.mark.system
 
@@ -37,9 +38,7 @@ def part(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 def run_rank(rank: int, folder: Path, name: str) -> None:
     store = dist.FileStore(str(folder / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    assert dist.group.WORLD is not None
-    ranks = shared_memory.join(store, name, dist.group.WORLD, rank, RANKS)
+    ranks = shared_memory.join(store, name, Group(store, "group", rank, RANKS))
     assert ranks is not None
     found = []
     for turn in range(20):
@@ -94,13 +93,9 @@ def test_ranks_without_a_common_memory_keep_to_sockets(
     """The others cannot open what the first one has made: here, because its folder refuses it, or has no room."""
     before = {path.name for path in Path("/dev/shm").glob("outrider-*")}
     store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        assert dist.group.WORLD is not None
-        monkeypatch.setattr(module, name, refuse)
-        assert shared_memory.join(store, "refused", dist.group.WORLD, 0, 1) is None
-    finally:
-        dist.destroy_process_group()
+    group = Group(store, "group", 0, 1)
+    monkeypatch.setattr(module, name, refuse)
+    assert shared_memory.join(store, "refused", group) is None
     assert {path.name for path in Path("/dev/shm").glob("outrider-*")} == before  # nothing is left behind
 
 

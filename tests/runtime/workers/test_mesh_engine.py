@@ -87,7 +87,7 @@ def test_lookahead_parallel_replicas_share_the_rows(tiny_model):
 def test_a_dead_worker_is_an_error_in_bounded_time(tiny_model):
     pool = ProcessPool()
     engine = Engine.from_config(make_config(tiny_model, lp=2), pool)
-    pids = [process.pid for process, _ in pool._workers]
+    pids = [process.pid for process in pool._workers]
     stream = engine.stream([1, 2, 3], SamplingParams(max_new_tokens=400, ignore_eos=True))
     next(stream)
     os.kill(pids[1], signal.SIGKILL)
