@@ -3,12 +3,14 @@
 #   PYTHON    interpreter for the virtual environment (3.11 or later)
 #   VENV      where the environment goes
 #   EXTRAS    optional dependencies to install ("dev"; empty for a node that only serves)
+#   JOBS      processes that run tests side by side
 #   PIP_ARGS  passed to every `pip install`. On Linux the default torch wheel is a CUDA build of
 #             several GB; a machine without a GPU can name a CPU-only index here, for example
 #             make setup PIP_ARGS="--extra-index-url <address of a CPU wheel index>"
 
 VENV ?= .venv
 EXTRAS ?= dev
+JOBS ?= 2
 PIP_ARGS ?=
 MIN_PYTHON := 3.11
 # The first interpreter that is recent enough; python3 if none is, so that the message below names it.
@@ -51,10 +53,10 @@ test quick: export OMP_NUM_THREADS = 1
 test quick: export OMP_WAIT_POLICY = passive
 
 test: lint  ## Lint, type check and run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 quick: setup  ## The tests that are fast and start no processes
-	$(BIN)/python -m pytest -m "not slow and not system"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not system"
 
 format: setup  ## Format the code and sort its imports
 	$(BIN)/ruff check --fix .
