@@ -87,6 +87,8 @@ class Engine:
         spec.check_tp(config.parallel.tp)
         spec.check_cache(config.cache)
         tokenizer = Tokenizer(directory)
+        opening = tokenizer.opening()
+        tokenizer.decode(opening)  # template and decoder are made now: the first request would wait 20 ms for them
         config = config.model_copy(update={"cache": with_separator_ids(config.cache, tokenizer)})
         executor: Executor
         if pool is None and config.parallel.num_workers == 1:
@@ -95,7 +97,7 @@ class Engine:
             executor = MeshExecutor(config, spec, pool or ProcessPool())
         engine = cls(config, spec, tokenizer, executor)
         if config.lookahead.enabled and "recycle" in config.lookahead.sources:
-            top = priming.primed(executor, config, spec, tokenizer.opening(), TOP_K, tell)
+            top = priming.primed(executor, config, spec, opening, TOP_K, tell)
             engine.knowledge = Knowledge(Bigrams(top))
         if config.lookahead.enabled and config.lookahead.planner:
             engine.use_curve(cost.measured(executor, config, spec, TOP_K, tell))
