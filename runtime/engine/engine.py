@@ -91,6 +91,8 @@ class Engine:
             config = choose.resolved(config, cls.from_config)
         directory, spec = checked_model(config)
         tokenizer = Tokenizer(directory)
+        opening = tokenizer.opening()
+        tokenizer.decode(opening)  # template and decoder are made now: the first request would wait 20 ms for them
         config = config.model_copy(update={"cache": with_separator_ids(config.cache, tokenizer)})
         executor: Executor
         if pool is None and config.parallel.num_workers == 1:
@@ -99,7 +101,7 @@ class Engine:
             executor = MeshExecutor(config, spec, pool or ProcessPool())
         engine = cls(config, spec, tokenizer, executor)
         if config.lookahead.enabled and "recycle" in config.lookahead.sources:
-            top = priming.primed(executor, config, spec, tokenizer.opening(), TOP_K)
+            top = priming.primed(executor, config, spec, opening, TOP_K)
             engine.knowledge = Knowledge(Bigrams(top))
         if config.lookahead.enabled and config.lookahead.planner:
             engine.use_curve(cost.known(executor, config, spec, TOP_K))

@@ -133,7 +133,7 @@ def _best_of_shards(
         shards = torch.stack(mesh.all_gather(pairs))  # [tp, 2, R]
         values = shards[:, 0].amax(dim=0)
         ids = shards[:, 1].masked_fill(shards[:, 0] < values, torch.inf).amin(dim=0).long()  # ties: the lowest id
-    return torch.where(values.isfinite(), ids, NOT_A_NUMBER)
+    return ids.masked_fill(values - values != 0, NOT_A_NUMBER)  # inf - inf is NaN, which is unlike everything
 
 
 def _scores(

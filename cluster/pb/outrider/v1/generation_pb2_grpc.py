@@ -69,6 +69,7 @@ class GenerationServiceServicer:
         RESOURCE_EXHAUSTED  the waiting queue is full, or the message exceeds 16 MiB
         DEADLINE_EXCEEDED   the deadline passed before the last token
         UNAVAILABLE         the workers failed, or the server is shutting down
+        DATA_LOSS           the model's logits are NaN or infinite; other requests are not touched
         INTERNAL            a defect of the server; its log has the details
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -98,6 +99,7 @@ class GenerationServiceServicer:
         were not read
         UNAVAILABLE         the workers failed, or the server is shutting down (the running turn is
         answered first)
+        DATA_LOSS           the model's logits are NaN or infinite; other conversations are not touched
         INTERNAL            a defect of the server; its log has the details
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
