@@ -478,7 +478,9 @@ def _validated(cls: type[S], tree: Mapping[str, Any], prefix: str, error_type: t
             raise error_type(
                 field, _lookup(first["input"], name), problem, remedy[:1].upper() + remedy[1:] + "."
             ) from None
-        remedy = "Give a value of that kind." if first["type"].endswith(("_type", "_parsing")) else "Give one of those."
+        remedy = (
+            "Give a value of that kind." if first["type"].endswith(("_type", "_parsing")) else "Give another value."
+        )
         remedy = "Give a value in that range." if "than" in first["type"] else remedy
         raise error_type(field, value, problem[:1].lower() + problem[1:], remedy) from None
 

@@ -213,7 +213,7 @@ def _match_auth_mode(address: str) -> None:
     Left alone, Ray waits minutes for an address where nobody answers, does not find an authenticated cluster, and in
     token mode loses its actors on one without. A driver is in token mode by chance: by having had a local Ray before.
     """
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:  # as Ray's own have it
         try:
             stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
             stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=CONNECT_TIMEOUT_S)

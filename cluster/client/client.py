@@ -9,6 +9,7 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cluster.client.address import channel_options, checked
 from cluster.client.conversation import Conversation
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.pb.outrider.v1 import generation_pb2_grpc as pb_grpc
@@ -47,7 +48,8 @@ class Client:
     """One connection; calls may come from any number of threads at once."""
 
     def __init__(self, address: str) -> None:
-        self.address = address
+        """`address` is HOST:PORT. Raises ConfigError if it is not."""
+        self.address = checked(address)
         limits = [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -55,7 +57,7 @@ class Client:
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 2_000),
         ]
-        self._channel = grpc.insecure_channel(address, options=limits)
+        self._channel = grpc.insecure_channel(self.address, options=[*limits, *channel_options(self.address)])
         self._generation = pb_grpc.GenerationServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
