@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from runtime.config import LookaheadConfig, SamplingParams
+from runtime.errors import OutriderError
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or chat messages ({"role", "content"})."""
@@ -34,6 +35,8 @@ class Request:
     lookahead: LookaheadConfig
     session_id: str | None = None
     """The conversation whose next turn this is; the prompt is then what the turn appends to it."""
+    is_checked: bool = False
+    """`Engine.validate` has seen it, which takes a while for a long prompt, and found nothing."""
     arrival_s: float = field(default_factory=time.perf_counter)
     """time.perf_counter() when the request arrived; latencies count from here."""
 
@@ -80,8 +83,15 @@ class StepOutput:
     last accepted row gave was an accepted candidate."""
     usage: Usage
     finish_reason: FinishReason | None = None
-    error: str | None = None
-    """What happened, where the finish reason is ERROR."""
+    failure: Exception | None = None
+    """What happened, where the finish reason is ERROR: NumericsError, WorkerError, or a defect."""
+
+    @property
+    def error(self) -> str | None:
+        """What happened, in words."""
+        if self.failure is None or isinstance(self.failure, OutriderError):
+            return str(self.failure) if self.failure is not None else None
+        return f"{type(self.failure).__name__}: {self.failure}"
 
     @property
     def text_ids(self) -> tuple[int, ...]:

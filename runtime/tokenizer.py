@@ -45,11 +45,12 @@ class Tokenizer:
                 read_json(path)  # names the one that is no JSON
             problem = f"has no tokenizer that can be read ({' '.join(str(error).split())})"
             raise ConfigError("model.path", str(directory), problem, "Add the model's tokenizer files.") from error
-        if isinstance(tokenizer, PreTrainedTokenizerFast):
-            # The first call would change these in place, under the hands of other threads.
-            tokenizer.backend_tokenizer.no_truncation()
-            tokenizer.backend_tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else None
+        if self._backend is not None:
+            # The first call would change these in place, under the hands of other threads.
+            self._backend.no_truncation()
+            self._backend.no_padding()
         self.vocab_size: int = len(tokenizer)
         """Ids the tokenizer knows; the model's embedding may have more rows."""
         added = tokenizer.added_tokens_decoder
@@ -68,7 +69,10 @@ class Tokenizer:
         Raises InvalidRequestError if the text is not valid Unicode.
         """
         _check_unicode("prompt", text)
-        return list(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+        if self._backend is None:
+            return list(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+        # Of a batch, even of one, because that lets other threads run meanwhile.
+        return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation in the model's chat template, up to where the assistant's answer begins.
@@ -161,13 +165,12 @@ class Tokenizer:
         ]
 
     def _guarded_encoder(self, messages: Sequence[Mapping[str, str]]) -> _GuardedEncoder:
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is None:
+        if self._backend is None:
             problem = "a content spells a special token, and this model's tokenizer cannot read it as plain text"
             raise InvalidRequestError("messages", list(messages), problem, "Leave the special token's name out.")
         with self._making_guarded:
             if self._guarded is None:
-                self._guarded = _GuardedEncoder(backend.to_str())
+                self._guarded = _GuardedEncoder(self._backend.to_str())
         return self._guarded
 
     def _apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -279,7 +282,7 @@ class _GuardedEncoder:
         return special.sub(lambda found: self._names[found[0]], text)
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return list(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
 
 class Detokenizer:

@@ -12,7 +12,7 @@ from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.wire.answers import Chunk, cache_is_full, num_accepted
 from cluster.wire.requests import one_prompt
 from runtime.config import Config
-from runtime.errors import NumericsError, WorkerError
+from runtime.errors import OutriderError, WorkerError
 from runtime.prompts import as_prompt, kind_of
 from runtime.request import FinishReason, Prompt, StepOutput
 
@@ -151,7 +151,6 @@ class _Answer(Iterator[Chunk]):
         self.ended = False
         """Whether the last chunk has been read, or an error has come in its place."""
         self.request_id = request.request_id
-        self._loop = loop
         self._capacity = engine.capacity
         self._session = session
         self._detokenizer = Detokenizer(engine.tokenizer, request.prompt_ids)
@@ -164,8 +163,7 @@ class _Answer(Iterator[Chunk]):
         output = self._outputs.get()
         self.ended = output.finish_reason is not None
         if output.finish_reason is FinishReason.ERROR:
-            error = output.error or "the workers failed"
-            raise NumericsError(error) if self._loop.failed is None else WorkerError(error)
+            raise output.failure if isinstance(output.failure, OutriderError) else WorkerError(output.error)
         if self._session is not None:
             self._session.take(output)
             if output.finish_reason is FinishReason.LENGTH and not output.usage.num_new_tokens:

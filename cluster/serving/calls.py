@@ -11,7 +11,6 @@ import grpc
 
 from cluster.wire.statuses import status_of
 from runtime.engine.loop import EngineLoop
-from runtime.errors import NumericsError, WorkerError
 from runtime.request import FinishReason, Request, StepOutput
 from runtime.tokenizer import Detokenizer, Tokenizer
 
@@ -53,10 +52,8 @@ async def answer(loop: EngineLoop, tokenizer: Tokenizer, request: Request) -> As
         while not last:
             output = await outputs.get()
             if output.finish_reason is FinishReason.ERROR:
-                if loop.failed is None:  # it is the request's own
-                    raise NumericsError(output.error)
-                failed = isinstance(loop.failed, WorkerError)
-                raise WorkerError(output.error) if failed else RuntimeError(output.error)
+                assert output.failure is not None
+                raise output.failure
             last = output.finish_reason is not None
             yield output, detokenizer.push(output.text_ids) + (detokenizer.flush() if last else "")
     finally:

@@ -6,16 +6,15 @@ import asyncio
 import dataclasses
 import time
 from collections import deque
-from collections.abc import AsyncIterable, Callable
-from concurrent.futures import Executor
+from collections.abc import AsyncIterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import grpc
 
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.serving import calls
+from cluster.serving.threads import RequestThreads
 from cluster.wire import answers, requests
 from cluster.wire.answers import cache_is_full
 from cluster.wire.statuses import IdleError
@@ -24,9 +23,6 @@ from runtime.engine.loop import EngineLoop
 from runtime.engine.session import Session
 from runtime.errors import InvalidRequestError, ResourceExhaustedError, WorkerError
 from runtime.request import FinishReason, Request, StepOutput, Usage
-
-P = TypeVar("P")
-R = TypeVar("R")
 
 MAX_UNANSWERED_TURNS = 8
 """Turns that a client may have sent without having a complete answer."""
@@ -47,7 +43,9 @@ class _Turn:
 class Conversation:
     """One call of Converse. Two tasks share it: one reads, so that a stop gets through, the other answers."""
 
-    def __init__(self, engine: Engine, loop: EngineLoop, threads: Executor, context: grpc.aio.ServicerContext) -> None:
+    def __init__(
+        self, engine: Engine, loop: EngineLoop, threads: RequestThreads, context: grpc.aio.ServicerContext
+    ) -> None:
         self._engine, self._loop, self._threads, self._context = engine, loop, threads, context
         self._idle_timeout_s = engine.config.server.session_idle_timeout_s
         self._session: Session | None = None
@@ -80,7 +78,7 @@ class Conversation:
     async def _read(self, messages: AsyncIterable[bytes]) -> None:
         try:
             async for message in messages:
-                self._take(await self._in_thread(_parse, message))
+                self._take(await self._threads.run(len(message), _parse, message))
             self._inbox.put_nowait(None)
         except Exception as error:  # raised where its turn is
             self._inbox.put_nowait(error)
@@ -123,7 +121,7 @@ class Conversation:
 
     async def _answer(self, turn: _Turn) -> None:
         assert self._session is not None
-        request = await self._in_thread(self._make_request, turn)
+        request = await self._threads.run(turn.message.ByteSize(), self._make_request, turn)
         if turn.stopped:
             usage = Usage(
                 kept_last=self._usage.kept_last,
@@ -160,10 +158,6 @@ class Conversation:
                 await self._context.write(message)
         except TimeoutError:
             raise self._idle("the responses were not read") from None
-
-    async def _in_thread(self, work: Callable[[P], R], argument: P) -> R:
-        """What takes time for a long message, lest it hold up the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, argument)
 
     def _idle(self, what: str) -> IdleError:
         return IdleError(

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, aclosing, contextmanager
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.serving import calls
 from cluster.serving.converse import Conversation
+from cluster.serving.threads import RequestThreads
 from cluster.wire import answers, requests
 from cluster.wire.server_info import server_info
 from runtime.config import Config
@@ -61,8 +62,7 @@ class GenerationService:
     it cannot read itself."""
 
     def __init__(self) -> None:
-        # Tokenising a long prompt takes a while, and the event loop must not.
-        self._threads = ThreadPoolExecutor(4, "outrider-tokenize")
+        self._threads = RequestThreads()
         self._opened: tuple[Engine, EngineLoop] | None = None
         self._num_refused = 0
         self._draining = False
@@ -108,7 +108,7 @@ class GenerationService:
             await asyncio.wait(self._live, timeout=grace_s)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False)
+        self._threads.close()
 
     async def _carry_out(self, call: Coroutine[Any, Any, None], context: grpc.aio.ServicerContext) -> None:
         """Await a call's work within its deadline, and end it with a status if it fails."""
@@ -129,7 +129,7 @@ class GenerationService:
         arrival_s = time.perf_counter()
         self._refuse_while_draining()
         engine, loop = self._engine_and_loop()
-        request = await asyncio.get_running_loop().run_in_executor(self._threads, _read, message, engine)
+        request = await self._threads.run(len(message), _read, message, engine)
         request = dataclasses.replace(request, arrival_s=arrival_s)
         async with aclosing(calls.answer(loop, engine.tokenizer, request)) as outputs:
             async for output, text in outputs:

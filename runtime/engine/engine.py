@@ -6,7 +6,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from runtime.config import Config, LookaheadConfig, SamplingParams, Section
 from runtime.engine.admission import Admission
 from runtime.engine.scheduler import TOP_K, Scheduler, Step
 from runtime.engine.session import Session
-from runtime.errors import InvalidRequestError
+from runtime.errors import InvalidRequestError, NumericsError
 from runtime.lookahead.core import Bigrams
 from runtime.lookahead.knowledge import Knowledge
 from runtime.model.loader import checked_model
@@ -193,7 +193,7 @@ class Engine:
             session_id=session.session_id if session is not None else None,
         )
         self.validate(request)
-        return request
+        return replace(request, is_checked=True)
 
     def _ended_by_turn(self, sampling: SamplingParams) -> SamplingParams:
         """In a chat, the token with which the chat template ends an answer ends it, whether or not the model's
@@ -205,6 +205,8 @@ class Engine:
 
     def validate(self, request: Request) -> None:
         """Raise InvalidRequestError if this engine can never run `request`. Safe from any thread."""
+        if request.is_checked:
+            return
         ids = request.prompt_ids
         if not ids:
             raise InvalidRequestError("prompt", "", "is empty", "Send at least one token.")
@@ -330,8 +332,8 @@ class Engine:
                 self._scheduler.release(sequence.slot)
             self.stats.num_tokens += len(emitted)
             if emitted or reason is not None:
-                error = NO_NUMBERS if reason is FinishReason.ERROR else None
-                outputs.append(StepOutput(sequence.request.request_id, tuple(emitted), sequence.usage, reason, error))
+                failure = NumericsError(NO_NUMBERS) if reason is FinishReason.ERROR else None
+                outputs.append(StepOutput(sequence.request.request_id, tuple(emitted), sequence.usage, reason, failure))
         return outputs
 
     def _account(self, step: StepPlan, seconds: dict[str, float], **phases: float) -> None:

@@ -15,7 +15,6 @@ from runtime.engine.admission import Admission
 from runtime.engine.session import Session
 from runtime.errors import (
     InvalidRequestError,
-    OutriderError,
     ResourceExhaustedError,
     WorkerError,
 )
@@ -169,8 +168,7 @@ class EngineLoop:
             log.exception("the engine failed; its requests end with an error")
             with self._wake:
                 self._failed = error
-            text = str(error) if isinstance(error, OutriderError) else f"{type(error).__name__}: {error}"
-            self._end_all(FinishReason.ERROR, text)
+            self._end_all(FinishReason.ERROR, error)
             if self._on_failure is not None:
                 self._on_failure(error)
 
@@ -205,7 +203,7 @@ class EngineLoop:
             # submit has checked all of this, so this is a defect; still, the request must not hang.
             log.exception("the engine refused a request that had been accepted")
             usage = self._live[request.request_id].usage
-            self._deliver(StepOutput(request.request_id, (), usage, FinishReason.ERROR, str(error)))
+            self._deliver(StepOutput(request.request_id, (), usage, FinishReason.ERROR, RuntimeError(str(error))))
 
     def _open_session(self, session: Session) -> None:
         self.engine.open_session(session.session_id)
@@ -232,7 +230,7 @@ class EngineLoop:
             live.reachable = False
             self.cancel(output.request_id)
 
-    def _end_all(self, reason: FinishReason, error: str | None) -> None:
+    def _end_all(self, reason: FinishReason, error: Exception | None) -> None:
         # No request can join: submit refuses once _closing or _failed is set.
         for request_id, live in list(self._live.items()):
             self._deliver(StepOutput(request_id, (), live.usage, reason, error))
