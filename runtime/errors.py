@@ -18,7 +18,7 @@ class FieldError(OutriderError):
     def __init__(self, field: str, value: Any, problem: str, remedy: str) -> None:
         self.field, self.value, self.remedy = field, value, remedy
         shown = repr(value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        shown = shown if len(shown) <= 80 else f"{shown[:38]}...{shown[-39:]}"  # of a path, the end says most
         super().__init__(f"{field} = {shown}: {problem}. {remedy}")
 
 

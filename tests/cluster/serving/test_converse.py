@@ -215,11 +215,11 @@ def test_a_stop_ends_the_turn_and_not_the_conversation(client: Client, engine: S
 
 
 def test_a_stop_ends_what_waits_too_but_not_what_follows(client: Client) -> None:
-    call = RawCall(client, turn("A"), turn("B", max_new_tokens=10**6), turn("C"), STOP, STOP, turn("K"))
+    call = RawCall(client, turn("A", max_new_tokens=10**6), turn("B"), turn("C"), STOP, STOP, turn("K"))
     assert call.read() is grpc.StatusCode.OK
     ends = [response.finish_reason for response in call.responses if response.HasField("usage")]
     assert ends == [pb.FINISH_REASON_CANCELLED] * 3 + [pb.FINISH_REASON_LENGTH]
-    assert call.texts[2:] == ["", "LMN"]
+    assert call.texts[1:] == ["", "", "LMN"]
 
 
 def test_asking_again_stops_what_is_left_of_the_answer(client: Client) -> None:
