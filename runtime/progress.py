@@ -38,17 +38,21 @@ def tell(text: str) -> None:
 
 @contextmanager
 def doing(text: str) -> Iterator[None]:
-    """Say what is being done while the block runs, if that takes longer than PATIENCE_S. Several may run at once."""
+    """Say what is being done while the block runs, if that takes longer than PATIENCE_S. Several may run at once; what
+    waits for the same thing says nothing."""
     task = _Task(text)
     with _lock:
-        _tasks.append(task)
-        if len(_tasks) == 1:
+        is_said = any(other.text == text for other in _tasks)
+        if not is_said:
+            _tasks.append(task)
+        if not is_said and len(_tasks) == 1:
             threading.Thread(target=_watch, name="outrider-progress", daemon=True).start()
     try:
         yield
     finally:
         with _lock:
-            _tasks.remove(task)
+            if not is_said:
+                _tasks.remove(task)
             if task.told_at is not None:
                 _write(f"{_erased()}{text}: {task.seconds:.0f} s\n")
 

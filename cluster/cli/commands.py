@@ -48,7 +48,10 @@ def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
     A mesh of more than one worker runs on Ray: the cluster that ray.address or RAY_ADDRESS names, else a local one.
     """
     import logging
+    import os
 
+    # Ray starts its processes beside gRPC's threads, but not by forking alone: gRPC has nothing to prepare, or to say.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from cluster.client.backends import open_engine
     from cluster.serving.server import serve as serve_until_signal
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -18,11 +19,13 @@ from cluster.serving.threads import RequestThreads
 from cluster.wire import answers, requests
 from cluster.wire.answers import cache_is_full
 from cluster.wire.statuses import IdleError
-from runtime.engine.engine import Engine
 from runtime.engine.loop import EngineLoop
 from runtime.engine.session import Session
 from runtime.errors import InvalidRequestError, ResourceExhaustedError, WorkerError
 from runtime.request import FinishReason, Request, StepOutput, Usage
+
+if TYPE_CHECKING:
+    from runtime.engine.engine import Engine  # which compiles when it is imported for the first time
 
 MAX_UNANSWERED_TURNS = 8
 """Turns that a client may have sent without having a complete answer."""

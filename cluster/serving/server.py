@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, aclosing, contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -27,10 +27,12 @@ from cluster.serving.threads import RequestThreads
 from cluster.wire import answers, requests
 from cluster.wire.server_info import server_info
 from runtime.config import Config
-from runtime.engine.engine import Engine
 from runtime.engine.loop import EngineLoop
 from runtime.errors import ConfigError, FieldError, WorkerError
 from runtime.request import FinishReason, Request
+
+if TYPE_CHECKING:
+    from runtime.engine.engine import Engine  # which compiles when it is imported for the first time
 
 log = logging.getLogger(__name__)
 

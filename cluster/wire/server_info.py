@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from runtime.config import Config
-from runtime.engine.engine import Engine
 from runtime.engine.loop import EngineLoop, LoopStats
 from runtime.mesh.device import pick_device
 from runtime.model.gguf import EMBEDDED_FILE
 from runtime.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from runtime.engine.engine import Engine  # which compiles when it is imported for the first time
 
 
 def server_info(engine: Engine, loop: EngineLoop, num_refused: int) -> pb.GetServerInfoResponse:
