@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,7 +24,7 @@ from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.actors import processes
+from cluster.actors import folder, processes
 from runtime.config import Config
 from runtime.errors import ConfigError
 from runtime.model.spec import ModelSpec
@@ -53,8 +54,14 @@ class RayPool:
         address = config.ray.address or os.environ.get("RAY_ADDRESS") or "local"
         self._local = not self._connected_before and address == "local"
         self._auth_mode = os.environ.get("RAY_AUTH_MODE")
+        self._folder: Path | None = None
         if self._local:
-            _start_local(config)
+            self._folder = folder.make()
+            try:
+                _start_local(config, self._folder)
+            except BaseException:
+                folder.remove(self._folder)
+                raise
         elif not self._connected_before:
             _join(address)
         self.host: str = "127.0.0.1" if self._local else ray.util.get_node_ip_address()
@@ -95,6 +102,8 @@ class RayPool:
                 ray_processes = [process for process in started if _is_ray(process, started)]
                 ray.shutdown()
                 processes.end(ray_processes, STOP_GRACE_S)
+                assert self._folder is not None
+                folder.remove(self._folder)
             elif not self._connected_before:
                 ray.shutdown()
                 _restore("RAY_AUTH_MODE", self._auth_mode)
@@ -173,12 +182,13 @@ class MeshWorker:
         serve(config, spec, rank, host, port)
 
 
-def _start_local(config: Config) -> None:
+def _start_local(config: Config, place: Path) -> None:
     """A Ray of this machine, with as many logical CPUs as the mesh asks for: workers may outnumber the cores."""
     ray.init(
         address="local",
         num_cpus=max(1, math.ceil(config.parallel.num_workers * config.ray.cpus_per_worker)),
         include_dashboard=False,
+        _temp_dir=str(place),
         log_to_driver=False,
         logging_level=logging.ERROR,
         object_store_memory=OBJECT_STORE_BYTES,
