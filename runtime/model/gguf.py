@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from runtime.disk import cache_root, locked
+from runtime.disk import REMEDY, cache_root, locked, writable
 from runtime.errors import ConfigError
 from runtime.model.spec import architecture_name
 
@@ -35,10 +35,9 @@ def converted(source: Path) -> Path:
     """
     status = source.stat()
     key = hashlib.sha256(f"{source.resolve()}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()[:12]
-    target = cache_root() / "gguf" / f"{source.stem}-{key}"
-    if target.is_dir():
+    name = f"{source.stem}-{key}"
+    if (target := cache_root() / "gguf" / name).is_dir() or (target := writable("gguf") / name).is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.with_name(target.name + ".lock")):
         if not target.is_dir():
             print(f"Converting {source.name} (once; kept in {target}) ...", file=sys.stderr, flush=True)
@@ -54,6 +53,7 @@ def converted(source: Path) -> Path:
 def _convert(source: Path, target: Path) -> None:
     """Write config, generation config, weights (float32, the exact dequantised values) and tokenizer."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,7 +72,11 @@ def _convert(source: Path, target: Path) -> None:
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(target)
-    model.generation_config.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    try:
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(target)
+        model.generation_config.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    except (OSError, SafetensorError) as error:
+        problem = f"cannot hold the converted model ({error})"
+        raise ConfigError("OUTRIDER_CACHE", str(target.parent), problem, f"Make room there. {REMEDY}") from error
