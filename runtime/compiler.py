@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from runtime.disk import cache_root, locked
+from runtime.disk import cache_root, locked, writable
 from runtime.errors import OutriderError
 from runtime.progress import doing
 
@@ -76,8 +76,8 @@ def shared_library(
     texts = (path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
     parts = (*texts, *compiler.command, compiler.version, *flags, *link_flags, *depends_on)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    target = cache_root() / "native" / f"{source.stem}-{key}.so"
-    if target.is_file():
+    name = f"{source.stem}-{key}.so"
+    if (target := cache_root() / "native" / name).is_file() or (target := writable("native") / name).is_file():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -210,15 +210,17 @@ class Engine:
         ids = request.prompt_ids
         if not ids:
             raise InvalidRequestError("prompt", "", "is empty", "Send at least one token.")
+        if self.config.cache.policy == "full" and len(ids) > self.capacity:
+            raise self._too_long(len(ids))  # before its tokens are looked at, which may be millions
         for field_name, values in (("token_ids", ids), ("sampling.stop_token_ids", request.sampling.stop_token_ids)):
+            if set(map(type, values)) == {int} and min(values) >= 0 and max(values) < self.spec.vocab_size:
+                continue  # none is to blame
             for token in values:
                 if not isinstance(token, int) or not 0 <= token < self.spec.vocab_size:
                     remedy = f"Token ids are whole numbers from 0 to {self.spec.vocab_size - 1}."
                     raise InvalidRequestError(field_name, token, "is not a token id of this model", remedy)
         if self._scheduler.make_ledger().full_at(ids) < len(ids):
-            problem = f"the prompt's {len(ids)} tokens leave no room in a cache of {self.capacity}"
-            remedy = "Shorten it, raise cache.capacity, or set cache.policy to sink."
-            raise InvalidRequestError("prompt", f"{len(ids)} tokens", problem, remedy)
+            raise self._too_long(len(ids))
         room = self._room_for_turn(request)
         if room is not None and len(ids) + request.sampling.max_new_tokens > room:
             problem = f"with the prompt's {len(ids)} tokens they exceed what eviction per turn makes room for, {room}"
@@ -229,6 +231,11 @@ class Engine:
             problem = f"the window takes {rows} rows, and a step holds {self.config.scheduler.max_rows}"
             remedy = "Lower window_size or ngram_size, or raise scheduler.max_rows."
             raise InvalidRequestError("lookahead.window_size", request.lookahead.window_size, problem, remedy)
+
+    def _too_long(self, num_tokens: int) -> InvalidRequestError:
+        problem = f"the prompt's {num_tokens} tokens leave no room in a cache of {self.capacity}"
+        remedy = "Shorten it, raise cache.capacity, or set cache.policy to sink."
+        return InvalidRequestError("prompt", f"{num_tokens} tokens", problem, remedy)
 
     def _room_for_turn(self, request: Request) -> int | None:
         """Most tokens, prompt and answer, that a turn may bring where eviction is per turn."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.disk import cache_root, locked
+from runtime.disk import REMEDY, cache_root, locked, writable
 from runtime.errors import ConfigError
 from runtime.files import flaw
 from runtime.model.gguf_config import FREQUENCIES, LEFT_OVER, hugging_face_config, hugging_face_name
@@ -63,15 +63,14 @@ def converted(source: Path) -> Path:
     Raises ConfigError for a file that is broken or cannot be run, before anything is written.
     """
     paths = parts(source)
-    target = cache_root() / "gguf" / f"{paths[0].stem}-{_key(paths)}"
-    if target.is_dir():
+    name = f"{paths[0].stem}-{_key(paths)}"
+    if (target := cache_root() / "gguf" / name).is_dir() or (target := writable("gguf") / name).is_dir():
         return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         return _converted(source, target)
     except OSError as error:
         problem = f"the converted model cannot be written there ({error.strerror or error})"
-        raise ConfigError("OUTRIDER_CACHE", str(cache_root()), problem, "Set it to a folder with room.") from error
+        raise ConfigError("OUTRIDER_CACHE", str(target.parent), problem, REMEDY) from error
 
 
 def _converted(source: Path, target: Path) -> Path:

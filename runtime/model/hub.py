@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from runtime.disk import cache_root, locked, written_whole
+from runtime.disk import cache_root, kept, locked
 from runtime.errors import ConfigError
 from runtime.files import read_json
 from runtime.model.spec import architecture_name
@@ -39,7 +39,7 @@ def fetched(hub_id: str) -> Path:
             if place := _noted(note):
                 return place
             place = _from_cache(hub_id) if constants.HF_HUB_OFFLINE else _downloaded(hub_id)
-            with written_whole(note) as scratch:
+            with kept(note) as scratch:
                 scratch.write_text(str(place))
             return place
     except errors.HFValidationError as error:

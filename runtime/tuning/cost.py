@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.config import Config
-from runtime.disk import cache_root, written_whole
+from runtime.disk import cache_root, kept
 from runtime.lookahead.core import SequenceRows
 from runtime.mesh.device import pick_device
 from runtime.model import native
@@ -283,9 +283,9 @@ def stored(config: Config, spec: ModelSpec) -> CostCurve | None:
 
 
 def store(config: Config, spec: ModelSpec, curve: CostCurve) -> Path:
-    """Keep the curve; returns where."""
+    """Keep the curve, if that is possible; returns where."""
     place = _place(config, spec)
-    with written_whole(place) as scratch:
+    with kept(place) as scratch:
         scratch.write_text(json.dumps(asdict(curve)))
     return place
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.config import Config
-from runtime.disk import cache_root, locked, written_whole
+from runtime.disk import cache_root, kept, locked
 from runtime.lookahead.core import SequenceRows
 from runtime.model.loader import resolve_model
 from runtime.model.spec import ModelSpec
@@ -40,7 +40,6 @@ def primed(executor: Executor, config: Config, spec: ModelSpec, opening: Sequenc
         return top
     opening = opening[-config.scheduler.max_rows // 2 :]
     place = _place(config, spec, opening, top_k)
-    place.parent.mkdir(parents=True, exist_ok=True)
     with locked(place.with_suffix(".lock")):
         try:
             return np.load(place)
@@ -48,7 +47,7 @@ def primed(executor: Executor, config: Config, spec: ModelSpec, opening: Sequenc
             pass
         with doing(f"asking the model what follows each token (once; at most {BUDGET_S:.0f} seconds)"):
             top = ask(executor, config, spec, opening, top_k)
-        with written_whole(place) as scratch:
+        with kept(place) as scratch:
             np.save(scratch, top)
     return top
 

@@ -1,4 +1,4 @@
-"""A local Ray's folder is short enough for its sockets, and gone afterwards; else a line says what to set."""
+"""A local Ray's folder is short, whatever TMPDIR says."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ from cluster.actors import folder
 from runtime.errors import ConfigError
 
 
-@pytest.fixture(autouse=True)
-def nowhere_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RAY_TMPDIR", "TMPDIR", "XDG_RUNTIME_DIR"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def test_a_long_or_missing_place_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    long = tmp_path / ("x" * 80)
-    long.mkdir()
-    monkeypatch.setenv("TMPDIR", str(long))
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "missing"))
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR", "XDG_RUNTIME_DIR"])
+@pytest.mark.parametrize("value", ["/nonexistent/folder", "{tmp}/" + "x" * 90])
+def test_long_and_missing_places_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    place = value.format(tmp=tmp_path)
+    if str(tmp_path) in place:
+        os.mkdir(place)
+    monkeypatch.setenv(variable, place)
     made = folder.make()
-    assert len(os.fsencode(made)) <= folder.LONGEST and made.is_dir() and not any(long.iterdir())
-    (made / "session").mkdir()
-    folder.remove(made)
+    try:
+        assert made.is_dir() and len(os.fsencode(made)) <= folder.LONGEST
+        (made / "session").mkdir()
+    finally:
+        folder.remove(made)
     assert not made.exists()
+    assert not os.path.isdir(place) or os.listdir(place) == []
 
 
-def test_where_there_is_no_place_a_line_names_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_place_is_said_with_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "FALLBACKS", ())
-    monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 80)))
-    with pytest.raises(ConfigError, match=r"TMPDIR = .*no place for a local Ray.*RAY_TMPDIR"):
+    for variable in ("RAY_TMPDIR", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TMPDIR", "/nonexistent")
+    with pytest.raises(ConfigError, match="TMPDIR.*RAY_TMPDIR"):
         folder.make()
