@@ -34,7 +34,6 @@ def fetched(hub_id: str) -> Path:
     try:
         if place := _noted(note):
             return place
-        note.parent.mkdir(parents=True, exist_ok=True)
         with locked(note.with_suffix(".lock")):
             if place := _noted(note):
                 return place
