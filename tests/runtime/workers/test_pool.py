@@ -28,7 +28,7 @@ from runtime import Engine, SamplingParams
 config = {"model": {"path": sys.argv[1]}, "lookahead": {"enabled": False}, "parallel": {"lp": 2}}
 engine = Engine.from_config(config)
 print(*engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=4, ignore_eos=True))[0].token_ids, flush=True)
-print(*[worker.pid for worker in engine._executor._pool._workers], flush=True)
+print(*[worker.pid for worker in engine.executor._pool._workers], flush=True)
 """
 FORKED = """
 import os
