@@ -6,14 +6,13 @@ import asyncio
 import dataclasses
 import errno
 import logging
-import queue
 import signal
 import socket
 import threading
 import time
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -273,21 +272,20 @@ def serve(
     run in the main thread, which owns signals. Raises ConfigError, before the engine is opened, if the port cannot be
     had.
     """
-    signals: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     with _events() as run:
         server = GenerationServer(config)
         address = run(server.start()).result()
         try:
-            with engine as opened, _caught(signals.put):
+            with engine as opened, _caught() as (next_signal, wake):
                 try:
                     run(server.open(opened)).result()
                     log.info("serving on %s", address)
                     if announce is not None:
                         announce(address)
-                    name = signal.Signals(signals.get() or 0).name
+                    name = signal.Signals(next_signal()).name
                     log.info("%s: finishing the live streams, for at most %g s", name, grace_s)
-                    run(server.drain(grace_s)).add_done_callback(lambda _: signals.put(None))
-                    signals.get()
+                    run(server.drain(grace_s)).add_done_callback(lambda _: wake())
+                    next_signal()
                 finally:  # the engine is closed after its loop
                     run(server.stop()).result()
         except BaseException:
@@ -298,23 +296,49 @@ def serve(
 @contextmanager
 def _events() -> Iterator[Callable[[Coroutine[Any, Any, T]], Future[T]]]:
     """An event loop in a thread of its own, beside what the main thread loads; gives what runs a coroutine there."""
-    events = asyncio.new_event_loop()
-    thread = threading.Thread(target=events.run_forever, name="outrider-server", daemon=True)
+    began: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def until_ended() -> None:
+        ended = asyncio.Event()
+        began.set_result((asyncio.get_running_loop(), ended))
+        await ended.wait()
+
+    # `run` ends what is left of gRPC's tasks with the loop, and not with the process.
+    thread = threading.Thread(target=lambda: asyncio.run(until_ended()), name="outrider-server", daemon=True)
     thread.start()
+    events, ended = began.result()
     try:
         yield lambda coroutine: asyncio.run_coroutine_threadsafe(coroutine, events)
     finally:
-        events.call_soon_threadsafe(events.stop)
+        events.call_soon_threadsafe(ended.set)
         thread.join()
-        events.close()
 
 
 @contextmanager
-def _caught(take: Callable[[int], None]) -> Iterator[None]:
-    """Hand SIGINT and SIGTERM to `take`, which must be safe in a signal handler."""
-    before = {number: signal.signal(number, lambda n, _: take(n)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _caught() -> Iterator[tuple[Callable[[], int], Callable[[], None]]]:
+    """Catch SIGINT and SIGTERM; gives what waits for the next one, and what wakes it without any (0).
+
+    A signal is a byte in a socket, which arrives whichever thread the system has interrupted for it, and when.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+
+        def next_signal() -> int:
+            while (number := ours.recv(1)[0]) not in (0, *numbers):
+                pass
+            return number
+
+        def wake() -> None:
+            with suppress(OSError):  # nobody waits any more
+                theirs.send(b"\0")
+
+        try:
+            yield next_signal, wake
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(descriptor)
