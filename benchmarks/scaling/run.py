@@ -14,7 +14,7 @@ from benchmarks.scaling.cells import Cell
 from benchmarks.speed.report import PHASES
 from runtime.config import LookaheadConfig, SamplingParams
 from runtime.engine.engine import Engine
-from runtime.lookahead.core import partition
+from runtime.core import partition
 from runtime.step import Commit, Row, StepPlan, StepResult
 from runtime.workers.worker import result_words, wire_layout
 

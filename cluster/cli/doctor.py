@@ -156,7 +156,7 @@ def _nccl() -> str:
 
 
 def _guessing() -> str:
-    from runtime.lookahead import core
+    from runtime import core
 
     return str(core.__file__)
 

@@ -6,13 +6,13 @@ import functools
 
 from runtime import compiler
 from runtime.config import Config
-from runtime.lookahead import build as lookahead_build
+from runtime import build
 
 
 @functools.cache
-def compile_lookahead() -> None:
+def compile_core() -> None:
     """Begin to compile what guessing needs, once in this process."""
-    compiler.compile_ahead([lookahead_build.compiled])
+    compiler.compile_ahead([build.compiled])
 
 
 @functools.cache
@@ -27,7 +27,7 @@ def _compile_for_ranks() -> None:
 
 def compile_all(config: Config) -> None:
     """Begin to compile what an engine of this config will need."""
-    compile_lookahead()
+    compile_core()
     if config.model.device != "cuda" and config.model.kernels != "torch":
         _compile_for_cpus()
     if config.parallel.tp > 1 or config.parallel.split == "auto":

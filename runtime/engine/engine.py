@@ -17,7 +17,7 @@ from runtime.engine.admission import Admission
 from runtime.engine.scheduler import TOP_K, Scheduler, Step
 from runtime.engine.session import Session
 from runtime.errors import InvalidRequestError, NumericsError
-from runtime.lookahead.core import Bigrams
+from runtime.core import Bigrams
 from runtime.lookahead.knowledge import Knowledge
 from runtime.model.loader import checked_model
 from runtime.model.shard import HeadShard

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from runtime.config import Config
-from runtime.lookahead import core
-from runtime.lookahead.core import CandidateTree, SequenceRows
+from runtime import core
+from runtime.core import CandidateTree, SequenceRows
 from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.sequence import Sequence, StepRows
 from runtime.model.spec import ModelSpec

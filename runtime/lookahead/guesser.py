@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.config import LookaheadConfig
-from runtime.lookahead.core import TAIL, CandidateTree, Judge, SequenceRows
+from runtime.core import TAIL, CandidateTree, Judge, SequenceRows
 from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.sources import SOURCES, JacobiSource, RecycleSource, first_features
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runtime.lookahead.core import Acceptance, Bigrams, RecycleTable
+from runtime.core import Acceptance, Bigrams, RecycleTable
 from runtime.lookahead.sources import priors
 from runtime.lookahead.window import WindowChooser
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.lookahead.core import TAIL, CandidateTree, SequenceRows
+from runtime.core import TAIL, CandidateTree, SequenceRows
 from runtime.lookahead.guesser import Guesser
 from runtime.lookahead.knowledge import Knowledge
 from runtime.request import FinishReason, Request, Usage

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from runtime.config import LookaheadConfig
-from runtime.lookahead import core
-from runtime.lookahead.core import RecycleTable, SequenceRows, Source
+from runtime import core
+from runtime.core import RecycleTable, SequenceRows, Source
 from runtime.lookahead.window import Window
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from runtime.lookahead.core import SequenceRows
+from runtime.core import SequenceRows
 from runtime.step import Choose
 
 

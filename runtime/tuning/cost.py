@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from runtime.config import Config
 from runtime.disk import cache_root, kept
-from runtime.lookahead.core import SequenceRows
+from runtime.core import SequenceRows
 from runtime.mesh.device import pick_device
 from runtime.model import native
 from runtime.model.spec import ModelSpec

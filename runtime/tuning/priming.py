@@ -16,7 +16,7 @@ import numpy as np
 
 from runtime.config import Config
 from runtime.disk import cache_root, kept, locked
-from runtime.lookahead.core import SequenceRows
+from runtime.core import SequenceRows
 from runtime.model.loader import resolve_model
 from runtime.model.spec import ModelSpec
 from runtime.progress import doing

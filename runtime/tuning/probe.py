@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime.lookahead.core import SequenceRows, partition
+from runtime.core import SequenceRows, partition
 from runtime.step import Row, Seq, StepPlan
 
 

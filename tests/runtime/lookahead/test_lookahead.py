@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from runtime.config import LookaheadConfig, SamplingParams
-from runtime.lookahead import core
-from runtime.lookahead.core import (
+from runtime import core
+from runtime.core import (
     BIAS,
     RUN,
     TAIL,

@@ -1,4 +1,4 @@
-"""Lookahead's C++, compiled on the machine."""
+"""The C++ of the step (runtime/core), compiled on the machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 from runtime.compiler import compile_extension, load_extension
 
-WHAT = "lookahead"
+WHAT = "the step"
 SOURCE = Path(__file__).parent / "core" / "core.cpp"
 
 
