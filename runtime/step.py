@@ -36,7 +36,7 @@ class Choose(IntEnum):
 
 
 class Row(IntEnum):
-    """Columns of `StepPlan.rows`; the first four are those of SequenceRows.as_array."""
+    """Columns of `StepPlan.rows`."""
 
     TOKEN = 0
     POSITION = 1
@@ -94,6 +94,8 @@ class StepPlan:
 
     def most_local_rows(self, lp: int) -> int:
         """Rows of the replica that runs most."""
+        if lp == 1:
+            return self.num_rows
         return max(int((self.rows[:, Row.REPLICAS] >> replica & 1).sum()) for replica in range(lp))
 
     def local_rows(self, replica: int) -> NDArray[np.int64]:

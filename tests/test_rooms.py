@@ -16,7 +16,18 @@ ROOMS = {
     "runtime": ("engine", "tuning", "lookahead", "workers", "model", "mesh", ""),
     # `wire` knows what an engine is, but no door and no client.
     "cluster": ("cli", "serving", "client", "actors", "wire", "pb", ""),
-    "benchmarks": ("scaling", "quality", "streaming", "speed", "conversation", "lossless", "roofline", "overhead", "bigrams", ""),
+    "benchmarks": (
+        "scaling",
+        "quality",
+        "streaming",
+        "speed",
+        "conversation",
+        "lossless",
+        "roofline",
+        "overhead",
+        "bigrams",
+        "",
+    ),
 }
 FLOORS = ("benchmarks", "cluster", "runtime")
 NOT_BELOW_CLUSTER = {

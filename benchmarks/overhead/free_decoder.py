@@ -11,15 +11,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from runtime.config import Config
 from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch
 from runtime.model.kv_cache import CacheMaker, KVCache
 from runtime.model.rotary import Rotary
+from runtime.model.sampler import Sampled
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
-from runtime.step import TOP_BITS
+from runtime.retention import LayerGroup
+from runtime.step import TOP_BITS, Int32
 
 NUM_WORDS = 1024
 """Token ids that occur."""
@@ -45,18 +48,27 @@ class FreeDecoder(CacheMaker):
         steps = np.round(-16 * np.log(SHARES)).astype(np.int32)
         self._packed = self._next << TOP_BITS | steps
         self._draws = random.choice(NUM_FOLLOWERS, PERIOD, p=SHARES)
-        self._hidden = torch.zeros(0, 1)
 
-    def forward(self, batch: RowBatch, caches: Sequence[KVCache]) -> torch.Tensor:
-        """Nothing: keys and values stay what they are. [T, 1]"""
+    def make_caches(self, groups: Sequence[LayerGroup], num_slots: int, max_staged: int) -> tuple[KVCache, ...]:
+        """Caches whose accounts are real, and whose keys and values are next to nothing: moving them is a decoder's."""
+        kinds = 1, 2, max_staged, self.rotary, self.dtype, self.mesh.device
+        return tuple(KVCache(LayerGroup((0,), group.new), num_slots, *kinds) for group in groups)
+
+    def forward(self, batch: RowBatch, caches: Sequence[KVCache]) -> RowBatch:
+        """Nothing: keys and values stay what they are."""
+        return batch
+
+    def choose(self, batch: RowBatch, wanted: NDArray[np.int64], top_k: int, sampled: Sampled | None = None) -> Int32:
+        """As TokenChooser.choose, made up. [R, 1 + top_k]"""
         started = time.perf_counter()
-        self._batch = batch
-        if len(self._hidden) < batch.num_rows:
-            self._hidden = torch.zeros(batch.num_rows, 1)
+        tokens, positions, _ = batch.columns.numpy()[:, wanted]
+        found = np.empty((len(wanted), 1 + top_k), np.int32)
+        found[:, 0] = self._next[tokens, self._draws[positions % PERIOD]]
+        found[:, 1:] = self._packed[tokens, :top_k]
         self.seconds += time.perf_counter() - started
-        return self._hidden[: batch.num_rows]
+        return found
 
 
 def free_decoder(config: Config, spec: ModelSpec, mesh: Mesh) -> FreeDecoder:
-    """In the place of runtime.workers.worker.make_decoder."""
+    """A runtime.workers.worker.DecoderMaker."""
     return FreeDecoder(spec, mesh)

@@ -6,6 +6,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+Ints = NDArray[np.int64]
+Int32 = NDArray[np.int32]
+Bools = NDArray[np.bool_]
+
 ProposalList = tuple[int, Sequence[tuple[int, int]]]
 """What one source says of the next token: the feature of all tokens that it does not propose here (absent), and (token,
 feature that describes the proposal) of those it does, each token once."""
@@ -40,15 +44,17 @@ class SequenceRows:
     def choose(self) -> list[int]:
         """What each row's logits are for (runtime.step.Choose)."""
 
+    @property
+    def root_position(self) -> int: ...
+    def tokens_of(self, rows: Sequence[int]) -> list[int]:
+        """Those of these rows."""
+
     def __len__(self) -> int: ...
     def add(self, token: int, parent: int, choose: int) -> int:
         """Append a row one position after `parent` (-1: after the cached tokens); returns its index."""
 
     def add_chain(self, tokens: Sequence[int], reaches_end: bool) -> None:
         """The tokens that are not cached yet; with `reaches_end` the last one is the current token."""
-
-    def as_array(self) -> NDArray[np.int32]:
-        """Token, position, parent and choose of each row. [T, 4]"""
 
 class Acceptance:
     """Weights of all features (acceptance.h); several sequences may learn the same ones."""
@@ -101,7 +107,7 @@ class RecycleTable:
     def update(self, tail: Sequence[int], top: Sequence[int]) -> None:
         """The likeliest tokens after a text that ends in `tail`, packed (runtime.step.TOP_BITS), likeliest first."""
 
-    def learn(self, rows: SequenceRows, before: Sequence[int], chosen: Sequence[int], top: NDArray[np.int32]) -> None:
+    def learn(self, rows: SequenceRows, before: Sequence[int], chosen: Sequence[int] | Int32, top: Int32) -> None:
         """`update` with what a step gave behind each row. [T], [T, k]
 
         `before`: the tokens before the first row. Rows that chose no token (-1) are left out.
@@ -199,7 +205,7 @@ class CandidateTree:
     def truncate(self, count: int) -> None:
         """Keep the first `count` candidates only; the tree cannot grow any more."""
 
-    def walk(self, chosen: Sequence[int]) -> tuple[list[int], list[int]]:
+    def walk(self, chosen: Sequence[int] | Int32) -> tuple[list[int], list[int]]:
         """Follow the tokens the model chose as far as the tree holds them.
 
         `chosen[row]` is what one-at-a-time decoding would emit after that row, so a candidate is accepted if and only
@@ -209,10 +215,10 @@ class CandidateTree:
         after the last of them.
         """
 
-    def learn(self, chosen: Sequence[int]) -> None:
+    def learn(self, chosen: Sequence[int] | Int32) -> None:
         """Have the judge learn from the nodes whose next token has become known, whatever fitted in behind them."""
 
-    def credit(self, chosen: Sequence[int], source: Source) -> int:
+    def credit(self, chosen: Sequence[int] | Int32, source: Source) -> int:
         """How many accepted tokens would have had no place in the tree without this source."""
 
 def grow(trees: Sequence[tuple[CandidateTree, int]], num_rows: int, seconds: NDArray[np.float64]) -> float:
@@ -239,3 +245,263 @@ def partition(
     Returns:
         owner [T], the first replica that has the row, and replicas [T], the bit set of all that have it.
     """
+
+# Plans
+
+def assemble(parts: Sequence[tuple[SequenceRows, int]], num_replicas: int) -> Int32:
+    """The rows of a step (runtime.step.Row), given those of its sequences and their slots, divided among replicas by
+    `partition`. [T, len(Row)]"""
+
+def commit_lines(rows: Int32, start: int, accepted: Sequence[int], num_replicas: int) -> Int32:
+    """Lines (runtime.step.Commit) with which the next plan commits these rows of a sequence.
+
+    Args:
+        rows: those of the plan [T, len(Row)], of which the sequence's begin at `start`.
+        accepted: counted from there, ascending.
+    """
+
+GREEDY_BELOW: float
+"""runtime.model.sampler.GREEDY_BELOW"""
+
+class Share:
+    """The rows of a step that one replica runs, as its decoder wants them. Indices count the replica's own rows.
+
+    Arrays are views: they live as long as they are held.
+    """
+
+    def __init__(self, rows: Int32, sequences: Int32, replica: int = 0, min_rows: int = 1) -> None:
+        """`rows` and `sequences` of a StepPlan. Rows are repeated where they are fewer than `min_rows`.
+
+        Raises ValueError where rows of one slot do not stand together.
+        """
+
+    @property
+    def num_rows(self) -> int:
+        """L; P is the same or, where rows are repeated, more."""
+
+    @property
+    def local(self) -> Ints:
+        """[L] indices of the plan's rows."""
+
+    @property
+    def columns(self) -> Ints:
+        """[3, P] token, position, and the length that dynamic RoPE scales by."""
+
+    @property
+    def parents(self) -> Int32:
+        """[P] counted from the first row of the same slot; -1: none."""
+
+    @property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Slot, first row and end of the rows of each slot."""
+
+    @property
+    def wanted(self) -> Ints:
+        """[R] rows whose token this replica finds."""
+
+    @property
+    def sequence_of(self) -> Ints:
+        """[R] the line of `sequences` of each of them."""
+
+    @property
+    def sampled(self) -> Ints:
+        """Those of the R that choose by chance."""
+
+    @property
+    def turns(self) -> list[tuple[int, int]]:
+        """Slots in which a turn begins, and how many tokens it may bring."""
+
+    def spread(self, results: Int32) -> tuple[Int32, list[int]]:
+        """What each of the L rows gave, from what the wanted ones found.
+
+        Args:
+            results: token and packed likeliest ones. [R, 1 + top_k]
+        Returns:
+            The same for all rows, -1 and zeros for those that chose none [L, 1 + top_k]; and the slots of rows that should
+            have chosen one and had none (NOT_A_NUMBER; their other columns are 0).
+        """
+
+    def commits(self, lines: Int32) -> list[tuple[int, int, list[int], list[int]]]:
+        """What the next plan's commits [C, len(Commit)] say of these rows.
+
+        Per slot: itself, the replica to copy from (-1: none), the rows that the slot staged, and their tokens.
+        """
+
+def ancestry(parents: NDArray[np.integer]) -> Bools:
+    """[t, t]: row i has row j as an ancestor, or is row j. Parents come before their children, else ValueError; -1 is
+    none."""
+
+class Keys:
+    """In which columns the CPU kernels find the keys of one sequence's rows (keys.h)."""
+
+    def __init__(
+        self, retained: Retention, positions: Ints, tokens: Ints, parents: Int32, window: int | None, block: int
+    ) -> None: ...
+    @property
+    def columns(self) -> Ints:
+        """[C] indices into the stored tokens and the rows behind them; -1 is none."""
+
+    @property
+    def num_tail(self) -> int:
+        """Columns that every row of a tree has of its own."""
+
+    @property
+    def tails(self) -> Ints:
+        """[t * num_tail]"""
+
+    @property
+    def num_shared(self) -> int:
+        """How many keys, the first ones, `columns` hold."""
+
+    @property
+    def visible(self) -> NDArray[np.uint8]:
+        """[t * C] whether a row sees a column; empty: all columns that hold keys up to itself."""
+
+# What a cache keeps
+
+class Compaction:
+    """How the stored tokens change: some are dropped, and the anchors' keys may move to other positions."""
+
+    @property
+    def kept(self) -> Ints:
+        """Indices into the tokens stored before, ascending."""
+
+    @property
+    def turns(self) -> Ints:
+        """[a] for the first a of those kept, the anchors: by how many positions their keys, as they were when they were
+        stored, are to be turned. Empty where keys stay as they are."""
+
+    @property
+    def num_turned_before(self) -> int:
+        """How many of the tokens stored before, the first ones, an earlier compaction has turned."""
+
+class Retention:
+    """What is stored of one sequence in a group of layers."""
+
+    @property
+    def slot(self) -> bool:
+        """Positions are those in the cache."""
+
+    @property
+    def num_initial(self) -> int: ...
+    @property
+    def max_stored(self) -> int:
+        """Most tokens that stay stored between two steps."""
+
+    @property
+    def max_turned(self) -> int:
+        """Most of them whose keys get turned."""
+
+    length: int
+    """Tokens the sequence has had."""
+
+    @property
+    def positions(self) -> Ints:
+        """[n] positions in the text of the tokens stored, ascending. A copy."""
+
+    @property
+    def anchored(self) -> Bools:
+        """[n] whether the policy keeps the token when the window leaves it: initial tokens and separators. A copy."""
+
+    @property
+    def num_stored(self) -> int: ...
+    @property
+    def horizon(self) -> int:
+        """The first position that a row of the next step must not have: the tokens before are to be stored first."""
+
+    @property
+    def num_slot_anchors(self) -> int:
+        """Stored tokens, the first ones, whose distance to a row counts from the row's slot, not from its position."""
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+
+    def commit(self, tokens: Sequence[int] | NDArray[np.integer]) -> Compaction | None:
+        """Store the next tokens of the sequence; returns what that changes about those stored."""
+
+    def begin_turn(self, num_coming: int) -> Compaction | None:
+        """Make room for the prompt and the answer of a turn, `num_coming` tokens, where the policy evicts per turn."""
+
+    def may_anchor(self, positions: Ints, tokens: Ints) -> Bools:
+        """[t] whether tokens at these positions are initial ones or separators."""
+
+    def slots(self, positions: Ints) -> Ints:
+        """[t] the places in the cache of rows at these positions."""
+
+    def sees(self, queries: Ints, keys: Ints, anchored: Bools) -> Bools | None:
+        """[t, k] whether rows at positions `queries` [t] see tokens before them at `keys` [k]; None: they see all."""
+
+    def num_seen(self, tokens: Sequence[int] | NDArray[np.integer]) -> Ints:
+        """[t] how many tokens each of these next ones of the sequence sees, itself included."""
+
+def pull_rows(
+    address: int, num_blocks: int, block_bytes: int, row_bytes: int, start: int, from_rows: Sequence[int] | Ints
+) -> None:
+    """In this process's memory, blocks of rows from `address` on: row start + i of each block becomes what its row
+    from_rows[i] was. `from_rows` is ascending, and none moves away from the first row."""
+
+class Sliding(Retention):
+    """Anchors and a window of recent tokens (full: all of them). StreamingLLM section 3.2, SepLLM section 3.1."""
+
+    def __init__(
+        self, window: int | None, max_kept: int, slot: bool, separators: Sequence[int] = (), num_initial: int = 0
+    ) -> None:
+        """`window` counts the current token, None is everything; `max_kept` bounds anchors and window together.
+
+        Tokens that have left the window are dropped whenever the length is a multiple of `interval`.
+        """
+
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def interval(self) -> int:
+        """A power of two, about an eighth of the window."""
+
+class Compacting(Retention):
+    """Initial tokens, the newest separators, and a recent run that is compacted when it is time.
+
+    SepLLM section 3.3, and, with eviction per turn, StreamingLLM's demo.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        local: int | None,
+        slot: bool,
+        separators: Sequence[int] = (),
+        num_initial: int = 0,
+        max_separators: int = 0,
+        compact_after_attention: bool = False,
+        per_turn: bool = False,
+    ) -> None:
+        """`size` is c, the most tokens stored; `local` is w, how many of the newest stay after a compaction. None,
+        for eviction per turn: as many as leave room for the turn."""
+
+class Ledger:
+    """The account of what one sequence keeps, over all groups of layers (runtime.retention.Ledger)."""
+
+    def __init__(self, groups: Sequence[tuple[Retention, int]], capacity: int | None) -> None:
+        """What each group keeps, and how many layers it has."""
+
+    @property
+    def length(self) -> int: ...
+    @property
+    def horizon(self) -> int:
+        """The first position that a row of the next step must not have."""
+
+    @property
+    def kept_last(self) -> float:
+        """Tokens that the newest token saw over all tokens up to it, mean over layers."""
+
+    @property
+    def kept_sum(self) -> float:
+        """The same, both counts summed over all tokens so far."""
+
+    def full_at(self, tokens: Sequence[int]) -> int:
+        """Index of the one of these next tokens that fills the slot of a bounded policy; len(tokens) if none does."""
+
+    def begin_turn(self, num_coming: int) -> None:
+        """A turn of so many tokens begins."""
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        """The next tokens have entered the cache."""

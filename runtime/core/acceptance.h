@@ -13,10 +13,10 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <memory>
 #include <span>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -142,6 +142,7 @@ struct Acceptance {
     }
 
     static constexpr int MOST_AGREE = 3;
+    static constexpr int OFTEN = 4;  // times in the text: more are not told apart
     static constexpr int TIMES = 4;  // that the text has had a token: never, once, two or three times, more
 
     int num_proposal_features;
@@ -171,7 +172,10 @@ class Judge {
 
     // The text has grown by these tokens.
     void observe(const std::vector<int>& tokens) {
-        for (const int token : tokens) ++seen_[token];
+        for (const int token : tokens) {
+            if (token >= std::ssize(seen_)) seen_.resize(token + 1);
+            seen_[token] = std::min(seen_[token] + 1, Acceptance::OFTEN);
+        }
     }
 
     // Of the text only these tokens, the newest, are left.
@@ -180,12 +184,13 @@ class Judge {
         observe(text);
     }
 
-    // Append all tokens that a node's lists propose to `ranked`, likeliest first.
-    void judge(const Proposals& proposed, Extent lists, bool after_guess, std::vector<Guess>& ranked) {
+    // Append all tokens that a node's lists propose to `guesses`, in no order.
+    void judge(const Proposals& proposed, Extent lists, bool after_guess, std::vector<Guess>& guesses) {
         const auto& weights = acceptance->weights;
         double base = BIAS + bias;
         for (const ProposalList& list : lists.in(proposed.lists)) base += AGREEMENT * weights[list.absent];
         candidates_.clear();
+        places_.fill(NOWHERE);
         for (const ProposalList& list : lists.in(proposed.lists)) {
             const double missing = weights[list.absent];
             for (const auto [token, feature] : proposed.of(list)) {
@@ -195,15 +200,15 @@ class Judge {
                 ++candidate.num_lists;
             }
         }
-        const auto first = static_cast<std::ptrdiff_t>(ranked.size());
-        double total = 1;
+        const size_t first = guesses.size();
+        float total = 1;
         for (const auto& [token, num_lists, logit, strongest] : candidates_) {
             const double agreed = weights[acceptance->circumstances(num_lists, times_seen(token), after_guess)];
-            ranked.push_back({std::exp(logit + (1 - AGREEMENT) * strongest + agreed), token});
-            total += ranked.back().probability;
+            const float odds = std::exp(static_cast<float>(logit + (1 - AGREEMENT) * strongest + agreed));
+            guesses.push_back({odds, token});
+            total += odds;
         }
-        for (auto guess = ranked.begin() + first; guess != ranked.end(); ++guess) guess->probability /= total;
-        std::sort(ranked.begin() + first, ranked.end());
+        for (size_t i = first; i < guesses.size(); ++i) guesses[i].probability /= total;
     }
 
     // The token's probability if the source with features [first, last) had not proposed it
@@ -214,18 +219,18 @@ class Judge {
             if (list.absent >= features.first && list.absent < features.last) continue;
             for (const auto [other, feature] : proposed.of(list)) others.propose(other, feature);
         }
-        std::vector<Guess> ranked;
-        judge(others, {0, static_cast<int>(others.lists.size())}, after_guess, ranked);
-        for (const Guess& guess : ranked)
+        std::vector<Guess> guesses;
+        judge(others, {0, static_cast<int>(others.lists.size())}, after_guess, guesses);
+        for (const Guess& guess : guesses)
             if (guess.token == token) return guess.probability;
         return 0;
     }
 
     // The model chose `chosen` where these were the guesses.
-    void learn(const Proposals& proposed, Extent lists, bool after_guess, std::span<const Guess> ranked, int chosen) {
+    void learn(const Proposals& proposed, Extent lists, bool after_guess, std::span<const Guess> guesses, int chosen) {
         const auto& weights = acceptance->weights;
         double error = 0;
-        for (const auto [probability, token] : ranked) {
+        for (const auto [probability, token] : guesses) {
             const double gradient = probability - (token == chosen);
             error += gradient;
             described_.clear();
@@ -253,18 +258,21 @@ class Judge {
     };
 
     Candidate& find(int token, double base) {
-        for (Candidate& candidate : candidates_)
-            if (candidate.token == token) return candidate;
+        int16_t& place = places_[token % PLACES];
+        if (place != NOWHERE && candidates_[place].token == token) return candidates_[place];
+        for (size_t i = 0; place != NOWHERE && i < candidates_.size(); ++i)
+            if (candidates_[i].token == token) return candidates_[i];
+        place = static_cast<int16_t>(candidates_.size());
         return candidates_.emplace_back(token, 0, base, -std::numeric_limits<double>::infinity());
     }
 
-    int times_seen(int token) const {
-        const auto found = seen_.find(token);
-        return found == seen_.end() ? 0 : found->second;
-    }
+    int times_seen(int token) const { return token < std::ssize(seen_) ? seen_[token] : 0; }
 
-    std::unordered_map<int, int> seen_;  // how often the text has a token
+    static constexpr int PLACES = 256, NOWHERE = -1;
+
+    std::vector<uint8_t> seen_;  // how often the text has a token, at most OFTEN
     std::vector<Candidate> candidates_;
+    std::array<int16_t, PLACES> places_{};  // by a token's last bits, the newest candidate with these
     std::vector<int> described_;  // the features of one token, one per list
 };
 

@@ -1,7 +1,9 @@
-// The Python module: what guessing takes per row and node, compiled. __init__.pyi says what each function gives.
+// The Python module: what a step takes per row, node and token, compiled. __init__.pyi says what each function gives.
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <span>
 #include <stdexcept>
@@ -15,9 +17,12 @@
 #include <pybind11/trampoline_self_life_support.h>
 
 #include "acceptance.h"
+#include "keys.h"
 #include "partition.h"
+#include "plan.h"
 #include "planner.h"
 #include "recycling.h"
+#include "retention.h"
 #include "rows.h"
 #include "sources.h"
 #include "tree.h"
@@ -29,6 +34,8 @@ namespace {
 
 using Tokens = std::vector<int>;
 using Int32s = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+using Int64s = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+using Bools = py::array_t<bool, py::array::c_style | py::array::forcecast>;
 using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
 using Lists = std::vector<std::pair<int, std::vector<std::pair<int, int>>>>;  // (absent, [(token, feature)])
 using Ranked = std::vector<std::pair<int, double>>;                             // (token, probability)
@@ -75,26 +82,14 @@ class PythonSource : public Source, public py::trampoline_self_life_support {
     void forget(const Tokens& text) override { PYBIND11_OVERRIDE(void, Source, forget, text); }
 };
 
-// Rows [T, 4]: token, position, parent, choose
-Int32s as_array(const Rows& rows) {
-    Int32s table({rows.size(), 4});
-    auto* line = table.mutable_data();
-    for (int row = 0; row < rows.size(); ++row, line += 4) {
-        line[0] = rows.tokens[row];
-        line[1] = rows.positions[row];
-        line[2] = rows.parents[row];
-        line[3] = rows.choose[row];
-    }
-    return table;
-}
-
 // Remember the likeliest tokens, packed [T, k], behind each row that chose one.
-void learn_rows(RecycleTable& table, const Rows& rows, const Tokens& before, const Tokens& chosen, const Int32s& top) {
+void learn_rows(RecycleTable& table, const Rows& rows, const Tokens& before, const Int32s& chosen, const Int32s& top) {
+    if (chosen.size() != rows.size() || top.ndim() != 2 || top.shape(0) != rows.size())
+        throw std::invalid_argument("one result per row");
     const auto tails = rows.tails(Tail(before));
-    const auto likeliest = top.unchecked<2>();
+    const auto width = static_cast<size_t>(top.shape(1));
     for (int row = 0; row < rows.size(); ++row)
-        if (chosen[row] >= 0)
-            table.update(tails[row], {likeliest.data(row, 0), static_cast<size_t>(likeliest.shape(1))});
+        if (chosen.data()[row] >= 0) table.update(tails[row], {top.data() + row * width, width});
 }
 
 std::vector<std::pair<int, std::vector<std::pair<int, int>>>> lookup(const RecycleTable& table, const Tokens& tail) {
@@ -116,15 +111,258 @@ std::pair<Int32s, Int32s> partitioned(const Int32s& parents, int num_replicas) {
     return {Int32s(std::ssize(owners), owners.data()), Int32s(std::ssize(parts.replicas), parts.replicas.data())};
 }
 
+template <class T, int Flags>
+std::span<const T> span_of(const py::array_t<T, Flags>& array) {
+    return {array.data(), static_cast<size_t>(array.size())};
+}
+
+// An array of a vector's own memory, which lives as long as `owner`
+template <class T>
+py::array_t<T> view(const std::vector<T>& values, std::vector<py::ssize_t> shape, const py::handle& owner) {
+    return py::array_t<T>(std::move(shape), values.data(), owner);
+}
+
+template <class T>
+py::array_t<T> copied(const std::vector<T>& values) {
+    return py::array_t<T>(std::ssize(values), values.data());
+}
+
+Bools flags(const std::vector<uint8_t>& values, std::vector<py::ssize_t> shape) {
+    Bools array(std::move(shape));
+    std::copy(values.begin(), values.end(), array.mutable_data());
+    return array;
+}
+
+Int32s assembled(const std::vector<Part>& parts, int num_replicas) {
+    py::ssize_t count = 0;
+    for (const auto& [rows, slot] : parts) count += rows->size();
+    Int32s table({count, py::ssize_t{ROW_COLUMNS}});
+    assemble(parts, num_replicas, table.mutable_data());
+    return table;
+}
+
+// The lines [C, 2] (row of the plan, source) with which the next plan commits these rows of a sequence's, of which the first
+// is the plan's row `start`.
+//
+// The owner of the last accepted row has run all its ancestors, so it is the source of them all; nobody copies what every
+// replica has run.
+Int32s commit_lines(const Int32s& plan, int start, const Tokens& accepted, int num_replicas) {
+    const int everywhere = static_cast<int>((1u << num_replicas) - 1);
+    const auto rows = plan.unchecked<2>();
+    bool shared = true;
+    for (const int row : accepted) shared &= rows(start + row, REPLICAS) == everywhere;
+    Int32s lines({std::ssize(accepted), py::ssize_t{2}});
+    auto* line = lines.mutable_data();
+    for (const int row : accepted) {
+        *line++ = start + row;
+        *line++ = shared ? -1 : rows(start + accepted.back(), OWNER);
+    }
+    return lines;
+}
+
+py::object visible(const Retention& retained, const Int64s& queries, const Int64s& keys, const Bools& anchored) {
+    Bools sees({queries.size(), keys.size()});
+    bool* to = sees.mutable_data();
+    bool all = true;
+    for (const int64_t query : span_of(queries))
+        for (py::ssize_t key = 0; key < keys.size(); ++key)
+            all &= *to++ = retained.sees(query, keys.data()[key], anchored.data()[key]);
+    return all ? py::none() : py::object(sees);
+}
+
+// In memory of this process, blocks of rows: row `start` + i of each block becomes what its row from[i] was. Rows only move
+// towards the first: from is ascending, and from[i] >= start + i.
+void pull_rows(uintptr_t address, int64_t num_blocks, int64_t block_bytes, int64_t row_bytes, int64_t start,
+               const Longs& from) {
+    auto* block = reinterpret_cast<std::byte*>(address);
+    for (int64_t number = 0; number < num_blocks; ++number, block += block_bytes)
+        for (size_t i = 0; i < from.size(); ++i)
+            std::memmove(block + (start + static_cast<int64_t>(i)) * row_bytes, block + from[i] * row_bytes, row_bytes);
+}
+
+// For tests, and for decoders that make masks of it
+void bind_retention(py::module_& module) {
+    py::class_<Compaction>(module, "Compaction")
+        .def_property_readonly("kept", [](const Compaction& change) { return copied(change.kept); })
+        .def_property_readonly("turns", [](const Compaction& change) { return copied(change.turns); })
+        .def_readonly("num_turned_before", &Compaction::num_turned_before);
+
+    py::classh<Retention>(module, "Retention")
+        .def_readonly("slot", &Retention::slot)
+        .def_readonly("num_initial", &Retention::num_initial)
+        .def_readonly("max_stored", &Retention::max_stored)
+        .def_readonly("max_turned", &Retention::max_turned)
+        .def_readwrite("length", &Retention::length)
+        .def_property_readonly("positions", [](const Retention& retained) { return copied(retained.positions); })
+        .def_property_readonly(
+            "anchored", [](const Retention& retained) { return flags(retained.anchored, {retained.num_stored()}); })
+        .def_property_readonly("num_stored", &Retention::num_stored)
+        .def_property_readonly("horizon", &Retention::horizon)
+        .def_property_readonly("num_slot_anchors", &Retention::num_slot_anchors)
+        .def("reset", &Retention::reset)
+        .def("commit", [](Retention& retained, const Tokens& tokens) { return retained.commit(tokens); }, py::arg("tokens"))
+        .def("begin_turn", &Retention::begin_turn, py::arg("num_coming"))
+        .def(
+            "may_anchor",
+            [](const Retention& retained, const Int64s& positions, const Int64s& tokens) {
+                Bools may(positions.size());
+                for (py::ssize_t i = 0; i < positions.size(); ++i)
+                    may.mutable_data()[i] = retained.may_anchor(positions.data()[i], static_cast<int>(tokens.data()[i]));
+                return may;
+            },
+            py::arg("positions"), py::arg("tokens"))
+        .def(
+            "slots",
+            [](const Retention& retained, const Int64s& positions) {
+                Int64s slots(positions.size());
+                for (py::ssize_t i = 0; i < positions.size(); ++i)
+                    slots.mutable_data()[i] = retained.slot_of(positions.data()[i]);
+                return slots;
+            },
+            py::arg("positions"))
+        .def("sees", &visible, py::arg("queries"), py::arg("keys"), py::arg("anchored"))
+        .def(
+            "num_seen",
+            [](const Retention& retained, const Tokens& tokens) {
+                Longs counts;
+                retained.num_seen(tokens, counts);
+                return copied(counts);
+            },
+            py::arg("tokens"));
+
+    module.def("pull_rows", &pull_rows, py::arg("address"), py::arg("num_blocks"), py::arg("block_bytes"), py::arg("row_bytes"),
+               py::arg("start"), py::arg("from_rows"));
+
+    py::classh<Sliding, Retention>(module, "Sliding")
+        .def(py::init<std::optional<int64_t>, int64_t, bool, Tokens, int64_t>(), py::arg("window"), py::arg("max_kept"),
+             py::arg("slot"), py::arg("separators") = Tokens(), py::arg("num_initial") = 0)
+        .def_readonly("window", &Sliding::window)
+        .def_property_readonly("interval", &Sliding::interval);
+
+    py::classh<Compacting, Retention>(module, "Compacting")
+        .def(py::init<int64_t, std::optional<int64_t>, bool, Tokens, int64_t, int64_t, bool, bool>(), py::arg("size"),
+             py::arg("local"), py::arg("slot"), py::arg("separators") = Tokens(), py::arg("num_initial") = 0,
+             py::arg("max_separators") = 0, py::arg("compact_after_attention") = false, py::arg("per_turn") = false);
+
+    py::classh<Ledger>(module, "Ledger")
+        .def(py::init<std::vector<Ledger::Group>, std::optional<int64_t>>(), py::arg("groups"), py::arg("capacity"))
+        .def_property_readonly("length", &Ledger::length)
+        .def_property_readonly("horizon", &Ledger::horizon)
+        .def_property_readonly("kept_last", &Ledger::kept_last)
+        .def_property_readonly("kept_sum", &Ledger::kept_sum)
+        .def("full_at", [](const Ledger& ledger, const Tokens& tokens) { return ledger.full_at(tokens); }, py::arg("tokens"))
+        .def("begin_turn", &Ledger::begin_turn, py::arg("num_coming"))
+        .def("commit", [](Ledger& ledger, const Tokens& tokens) { ledger.commit(tokens); }, py::arg("tokens"));
+}
+
+void bind_plan(py::module_& module) {
+    module.def("partition", &partitioned, py::arg("parents"), py::arg("num_replicas"));
+    module.def("assemble", &assembled, py::arg("parts"), py::arg("num_replicas"));
+    module.def("commit_lines", &commit_lines, py::arg("rows"), py::arg("start"), py::arg("accepted"), py::arg("num_replicas"));
+    module.def(
+        "ancestry",
+        [](const Int32s& parents) { return flags(ancestry(span_of(parents)), {parents.size(), parents.size()}); },
+        py::arg("parents"));
+
+    py::classh<Share>(module, "Share")
+        .def(py::init([](const Int32s& rows, const Int32s& sequences, int replica, int min_rows) {
+                 return Share(span_of(rows), span_of(sequences), replica, min_rows);
+             }),
+             py::arg("rows"), py::arg("sequences"), py::arg("replica") = 0, py::arg("min_rows") = 1)
+        .def_property_readonly("num_rows", &Share::num_rows)
+        .def_property_readonly("local",
+                               [](const py::object& self) {
+                                   const auto& share = self.cast<const Share&>();
+                                   return view(share.local, {share.num_rows()}, self);
+                               })
+        .def_property_readonly("columns",
+                               [](const py::object& self) {
+                                   const auto& share = self.cast<const Share&>();
+                                   return view(share.columns, {3, share.num_padded}, self);
+                               })
+        .def_property_readonly("parents",
+                               [](const py::object& self) {
+                                   const auto& share = self.cast<const Share&>();
+                                   return view(share.parents, {share.num_padded}, self);
+                               })
+        .def_property_readonly("wanted",
+                               [](const py::object& self) {
+                                   const auto& share = self.cast<const Share&>();
+                                   return view(share.wanted, {std::ssize(share.wanted)}, self);
+                               })
+        .def_property_readonly("sequence_of",
+                               [](const py::object& self) {
+                                   const auto& share = self.cast<const Share&>();
+                                   return view(share.sequence_of, {std::ssize(share.sequence_of)}, self);
+                               })
+        .def_property_readonly("sampled",
+                               [](const py::object& self) {
+                                   const auto& share = self.cast<const Share&>();
+                                   return view(share.sampled, {std::ssize(share.sampled)}, self);
+                               })
+        .def_property_readonly("runs",
+                               [](const Share& share) {
+                                   std::vector<std::tuple<int, int, int>> runs;
+                                   for (const auto& [slot, start, stop] : share.runs) runs.emplace_back(slot, start, stop);
+                                   return runs;
+                               })
+        .def_readonly("turns", &Share::turns)
+        .def(
+            "spread",
+            [](const Share& share, const Int32s& results) {
+                if (results.ndim() != 2 || results.shape(0) != std::ssize(share.wanted))
+                    throw std::invalid_argument("one result per wanted row");
+                const auto width = static_cast<int>(results.shape(1));
+                Int32s chosen({share.num_rows(), width});
+                auto without = share.spread(span_of(results), width, chosen.mutable_data());
+                return std::pair(chosen, std::move(without));
+            },
+            py::arg("results"))
+        .def(
+            "commits",
+            [](const Share& share, const Int32s& lines) {
+                std::vector<std::tuple<int, int, Tokens, Tokens>> found;
+                for (auto& commit : share.commits(span_of(lines)))
+                    found.emplace_back(commit.slot, commit.source, std::move(commit.staged), std::move(commit.tokens));
+                return found;
+            },
+            py::arg("lines"));
+
+    py::classh<Keys>(module, "Keys")
+        .def(py::init([](const Retention& retained, const Int64s& positions, const Int64s& tokens, const Int32s& parents,
+                         std::optional<int64_t> window, int64_t block) {
+                 return Keys(Sight(retained, span_of(positions), span_of(tokens), span_of(parents), window), block);
+             }),
+             py::arg("retained"), py::arg("positions"), py::arg("tokens"), py::arg("parents"), py::arg("window"),
+             py::arg("block"))
+        .def_readonly("num_tail", &Keys::num_tail)
+        .def_readonly("num_shared", &Keys::num_shared)
+        .def_property_readonly("columns",
+                               [](const py::object& self) {
+                                   const auto& keys = self.cast<const Keys&>();
+                                   return view(keys.columns, {std::ssize(keys.columns)}, self);
+                               })
+        .def_property_readonly("tails",
+                               [](const py::object& self) {
+                                   const auto& keys = self.cast<const Keys&>();
+                                   return view(keys.tails, {std::ssize(keys.tails)}, self);
+                               })
+        .def_property_readonly("visible", [](const py::object& self) {
+            const auto& keys = self.cast<const Keys&>();
+            return view(keys.visible, {std::ssize(keys.visible)}, self);
+        });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
     module.attr("TAIL") = Tail::MOST;
     module.attr("BIAS") = BIAS;
     module.attr("RUN") = RUN;
+    module.attr("GREEDY_BELOW") = GREEDY_BELOW;
     module.def("prior", &prior, py::arg("probability"));
     module.def("grow", &grow_trees, py::arg("trees"), py::arg("num_rows"), py::arg("seconds"));
-    module.def("partition", &partitioned, py::arg("parents"), py::arg("num_replicas"));
+    bind_retention(module);
 
     py::classh<Rows>(module, "SequenceRows")
         .def(py::init<int>(), py::arg("first_position"))
@@ -134,9 +372,11 @@ PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
         .def_readonly("positions", &Rows::positions)
         .def_readonly("parents", &Rows::parents)
         .def_readonly("choose", &Rows::choose)
+        .def_property_readonly("root_position", [](const Rows& rows) { return rows.positions.at(rows.root); })
+        .def("tokens_of", &Rows::tokens_of, py::arg("rows"))
         .def("add", &Rows::add, py::arg("token"), py::arg("parent"), py::arg("choose"))
-        .def("add_chain", &Rows::add_chain, py::arg("tokens"), py::arg("reaches_end"))
-        .def("as_array", &as_array);
+        .def("add_chain", &Rows::add_chain, py::arg("tokens"), py::arg("reaches_end"));
+    bind_plan(module);
 
     py::classh<Acceptance>(module, "Acceptance")
         .def(py::init<std::vector<double>>(), py::arg("priors"))
@@ -155,6 +395,7 @@ PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
                 add_lists(lists, proposed);
                 std::vector<Guess> guesses;
                 judge.judge(proposed, all_of(proposed), false, guesses);
+                std::sort(guesses.begin(), guesses.end());
                 Ranked ranked;
                 for (const Guess& guess : guesses) ranked.emplace_back(guess.token, guess.probability);
                 return ranked;
@@ -248,13 +489,13 @@ PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
         .def_property_readonly("next_probability", &CandidateTree::next_probability)
         .def("fill", &CandidateTree::fill, py::arg("room"))
         .def("truncate", &CandidateTree::truncate, py::arg("count"))
-        .def("walk", [](const CandidateTree& tree, const Tokens& chosen) { return tree.walk(chosen); },
+        .def("walk", [](const CandidateTree& tree, const Int32s& chosen) { return tree.walk(span_of(chosen)); },
              py::arg("chosen"))
-        .def("learn", [](CandidateTree& tree, const Tokens& chosen) { tree.learn(chosen); }, py::arg("chosen"))
+        .def("learn", [](CandidateTree& tree, const Int32s& chosen) { tree.learn(span_of(chosen)); }, py::arg("chosen"))
         .def(
             "credit",
-            [](CandidateTree& tree, const Tokens& chosen, const Source& source) {
-                return tree.credit(chosen, source.features);
+            [](CandidateTree& tree, const Int32s& chosen, const Source& source) {
+                return tree.credit(span_of(chosen), source.features);
             },
             py::arg("chosen"), py::arg("source"));
 }

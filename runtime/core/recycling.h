@@ -6,11 +6,11 @@
 
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <memory>
 #include <span>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -24,6 +24,62 @@ constexpr int TOP_BITS = 8;
 // Of log-probability, each half a nat wide; the last is open.
 constexpr int CLASSES = 16;
 
+// From keys to places, in one array: the next free slot from a key's own on, and no gaps between.
+class PlaceTable {
+   public:
+    size_t size() const { return count_; }
+
+    // -1 where the key is not there
+    int find(uint64_t key) const { return slots_[slot_of(key)].place; }
+
+    void insert(uint64_t key, int place) {
+        if (2 * ++count_ > slots_.size()) grow();
+        slots_[slot_of(key)] = {key, place};
+    }
+
+    // Of a key that is there
+    void erase(uint64_t key) {
+        const size_t mask = slots_.size() - 1;
+        size_t gap = slot_of(key);
+        for (size_t next = (gap + 1) & mask; slots_[next].place >= 0; next = (next + 1) & mask) {
+            const size_t own = hash(slots_[next].key) & mask;
+            if (((next - own) & mask) < ((next - gap) & mask)) continue;  // it stands where it may, behind the gap
+            slots_[gap] = slots_[next];
+            gap = next;
+        }
+        slots_[gap].place = -1;
+        --count_;
+    }
+
+   private:
+    struct Slot {
+        uint64_t key = 0;
+        int place = -1;
+    };
+
+    static size_t hash(uint64_t key) {
+        key *= 0x9E3779B97F4A7C15u;
+        return key ^ key >> 32;
+    }
+
+    // Where the key stands, or would
+    size_t slot_of(uint64_t key) const {
+        const size_t mask = slots_.size() - 1;
+        size_t slot = hash(key) & mask;
+        while (slots_[slot].place >= 0 && slots_[slot].key != key) slot = (slot + 1) & mask;
+        return slot;
+    }
+
+    void grow() {
+        const std::vector<Slot> before = std::exchange(slots_, std::vector<Slot>(2 * slots_.size()));
+        for (const Slot& slot : before)
+            if (slot.place >= 0) slots_[slot_of(slot.key)] = slot;
+    }
+
+    size_t count_ = 0;
+    std::vector<Slot> slots_ = std::vector<Slot>(1024);
+};
+
 // One table: contexts of `order` tokens. The one not updated for longest goes first.
 class ContextTable {
    public:
@@ -35,18 +91,19 @@ class ContextTable {
 
     void update(const Tail& tail, std::span<const int> top) {
         const uint64_t key = key_of(tail);
-        const auto [found, is_new] = places_.try_emplace(key, 0);
-        if (is_new && entries_.size() < max_contexts_) {
-            found->second = static_cast<int>(entries_.size());
+        int place = places_.find(key);
+        if (place >= 0) {
+            unlink(place);
+        } else if (entries_.size() < max_contexts_) {
+            place = static_cast<int>(entries_.size());
             entries_.emplace_back();
-        } else if (is_new) {
-            found->second = oldest_;
-            places_.erase(entries_[oldest_].key);
-            unlink(oldest_);
+            places_.insert(key, place);
         } else {
-            unlink(found->second);
+            place = oldest_;
+            places_.erase(entries_[place].key);
+            unlink(place);
+            places_.insert(key, place);
         }
-        const int place = found->second;
         Entry& entry = entries_[place];
         entry.key = key;
         entry.count = static_cast<int>(std::min<size_t>(top.size(), MOST_KEPT));
@@ -56,9 +113,9 @@ class ContextTable {
 
     // The likeliest tokens behind a tail, packed; none where nothing is known.
     std::span<const int> lookup(const Tail& tail) const {
-        const auto found = places_.find(key_of(tail));
-        if (found == places_.end()) return {};
-        const Entry& entry = entries_[found->second];
+        const int place = places_.find(key_of(tail));
+        if (place < 0) return {};
+        const Entry& entry = entries_[place];
         return {entry.top.data(), static_cast<size_t>(entry.count)};
     }
 
@@ -68,13 +125,6 @@ class ContextTable {
         int older = -1, newer = -1;
         int count = 0;
         std::array<int, MOST_KEPT> top{};
-    };
-
-    struct Hash {
-        size_t operator()(uint64_t key) const {
-            key *= 0x9E3779B97F4A7C15u;
-            return key ^ key >> 32;
-        }
     };
 
     // Packed tokens have TOP_BITS to spare in 32 bits, and three of the models' vocabularies fit into one word.
@@ -100,7 +150,7 @@ class ContextTable {
     int order_;
     size_t max_contexts_;
     int oldest_ = -1, newest_ = -1;
-    std::unordered_map<uint64_t, int, Hash> places_;
+    PlaceTable places_;
     std::vector<Entry> entries_;
 };
 

@@ -74,6 +74,12 @@ class Rows {
         }
     }
 
+    std::vector<int> tokens_of(const std::vector<int>& some) const {
+        std::vector<int> found;
+        for (const int row : some) found.push_back(tokens.at(row));
+        return found;
+    }
+
     // Keep the first `count` rows.
     void truncate(int count) {
         for (auto* column : {&tokens, &positions, &parents, &choose}) column->resize(count);

@@ -30,6 +30,9 @@ class CandidateTree {
           max_depth_(max_depth),
           sources_(std::move(sources)),
           judge_(std::move(judge)) {
+        nodes_.reserve(128);
+        proposals_.proposals.reserve(2048);
+        guesses_.reserve(2048);
         add_node(tail, 0, 1.0);
     }
 
@@ -155,11 +158,13 @@ class CandidateTree {
         return node;
     }
 
-    // Let a node's guess with this index compete; the ones after it are less likely.
+    // Let a node's next guess compete: the likeliest from this index on, which those before have been.
     void offer(int index_of_node, int index) {
         const Node& node = nodes_[index_of_node];
-        if (node.guesses.first + index >= node.guesses.last) return;
-        const double likely = guesses_[node.guesses.first + index].probability;
+        const auto rest = guesses_.begin() + node.guesses.first + index, last = guesses_.begin() + node.guesses.last;
+        if (rest >= last) return;
+        std::iter_swap(rest, std::min_element(rest, last));
+        const double likely = rest->probability;
         const double path = node.probability * likely * (node.depth > 0 ? RUN : 1.0);
         frontier_.push_back({path, rows->size(), index_of_node, index});
         std::push_heap(frontier_.begin(), frontier_.end());

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from runtime.config import Config, LookaheadConfig, SamplingParams, Section
@@ -329,7 +330,7 @@ class Engine:
 
     def _verify(self, step: Step, result: StepResult, now_s: float) -> list[StepOutput]:
         outputs = []
-        chosen = result.tokens.tolist()
+        chosen = np.ascontiguousarray(result.tokens)
         for part in step.parts:
             sequence = part.sequence
             rows = slice(part.start, part.start + len(part.rows))
@@ -343,11 +344,14 @@ class Engine:
                 outputs.append(StepOutput(sequence.request.request_id, tuple(emitted), sequence.usage, reason, failure))
         return outputs
 
-    def _account(self, step: StepPlan, seconds: dict[str, float], **phases: float) -> None:
+    def _account(self, step: StepPlan, seconds: dict[str, float], plan: float, verify: float) -> None:
         self.stats.num_steps += 1
         self.stats.num_rows += step.num_rows
-        for phase, value in (seconds | phases).items():
-            self.stats.seconds[phase] += value
+        spent = self.stats.seconds
+        spent["plan"] += plan
+        spent["verify"] += verify
+        for phase, value in seconds.items():
+            spent[phase] += value
 
     def cache_report(self) -> CacheReport:
         """What the KV cache takes on the most loaded worker."""

@@ -16,7 +16,7 @@ from runtime.lookahead.sequence import Sequence, StepRows
 from runtime.model.spec import ModelSpec
 from runtime.request import Request, Usage
 from runtime.retention import Ledger, layer_groups
-from runtime.step import Commit, Int32, Row, Seq, StepPlan
+from runtime.step import Int32, Seq, StepPlan
 from runtime.tuning.cost import RunningCost, assumed
 
 TOP_K = 8
@@ -59,6 +59,7 @@ class Scheduler:
         self.cost = RunningCost(assumed(config.scheduler.max_rows), config.scheduler.max_rows)
         """What a step costs by its rows."""
         self._admitted: list[int] = []  # slots given away since the last plan
+        self._lines: dict[int, tuple[Request, Int32]] = {}  # by slot: the parameters of what runs there
         self._commits: dict[int, Int32] = {}  # by slot, what the next plan commits: [C, len(Commit)]
 
     def add(self, request: Request) -> None:
@@ -109,6 +110,8 @@ class Scheduler:
 
         Returns the turns for which a conversation's bounded slot has no room.
         """
+        if not self.waiting:
+            return []
         held = {sequence.slot for sequence in self.sessions.values() if sequence is not None} | self.running.keys()
         free = deque(slot for slot in range(self.config.scheduler.max_sequences) if slot not in held)
         refused: list[Request] = []
@@ -148,17 +151,20 @@ class Scheduler:
         if not sequences:
             return None
         max_rows = self.config.scheduler.max_rows
-        prompts = sum(sequence.num_uncached > 1 for sequence in sequences)
-        limit = max_rows if prompts == len(sequences) else max(max_rows // 2, prompts)
-        prompt_rows = min(sum(s.num_uncached for s in sequences if s.num_uncached > 1), limit)
+        uncached = [sequence.num_uncached for sequence in sequences]
+        prompts = sum(count > 1 for count in uncached)
+        prompt_rows = 0
+        if prompts:
+            limit = max_rows if prompts == len(sequences) else max(max_rows // 2, prompts)
+            prompt_rows = min(sum(count for count in uncached if count > 1), limit)
         guess_rows = (max_rows - (len(sequences) - prompts) - prompt_rows) // len(sequences)
         steps: list[tuple[Sequence, StepRows]] = []
         trees: list[tuple[CandidateTree, int]] = []
-        for sequence in sequences:
+        for sequence, count in zip(sequences, uncached, strict=True):
             chain = 1
-            if sequence.num_uncached > 1:
+            if count > 1:
                 prompts -= 1
-                chain = min(sequence.num_uncached, prompt_rows - prompts)  # leave one row to each later prompt
+                chain = min(count, prompt_rows - prompts)  # leave one row to each later prompt
                 prompt_rows -= chain
             lookahead = sequence.request.lookahead
             most = lookahead.row_budget or max_rows if lookahead.planner else lookahead.fixed_rows
@@ -174,29 +180,24 @@ class Scheduler:
         num_replicas = self.config.parallel.lp
         if trees:
             core.grow(trees, sum(len(step.rows) for _, step in steps), self.cost.seconds)
-            if not self.cost.shares[sum(len(step.rows) for _, step in steps)]:
-                num_replicas = 1
         parts: list[Part] = []
-        start = 0
+        num_rows = 0
         for sequence, step in steps:
-            parts.append(Part(sequence, step.rows, start))
-            start += len(step.rows)
+            parts.append(Part(sequence, step.rows, num_rows))
+            num_rows += len(step.rows)
+        if trees and num_replicas > 1 and not self.cost.shares[num_rows]:
+            num_replicas = 1
         is_decoding = all(step.num_chain == 1 for _, step in steps)
         return Step(self._assemble(parts, num_replicas), parts, is_decoding)
 
     def _assemble(self, parts: list[Part], num_replicas: int) -> StepPlan:
-        rows = np.zeros((sum(len(part.rows) for part in parts), len(Row)), np.int32)
-        for part in parts:
-            block = rows[part.start : part.start + len(part.rows)]
-            block[:, : Row.SLOT] = part.rows.as_array()
-            block[:, Row.PARENT] += part.start * (block[:, Row.PARENT] >= 0)
-            block[:, Row.SLOT] = part.sequence.slot
-        rows[:, Row.OWNER], rows[:, Row.REPLICAS] = core.partition(rows[:, Row.PARENT], num_replicas)
-        commits = [self._commits[slot] for slot in sorted(self._commits)]
-        plan = StepPlan(rows, np.stack([_parameters(part.sequence) for part in parts]))
-        if commits:
-            plan.commits = np.concatenate(commits)
-        plan.resets = np.array(self._admitted, np.int32)
+        rows = core.assemble([(part.rows, part.sequence.slot) for part in parts], num_replicas)
+        plan = StepPlan(rows, self._parameters([part.sequence for part in parts]))
+        if self._commits:
+            commits = [self._commits[slot] for slot in sorted(self._commits)]
+            plan.commits = np.concatenate(commits) if len(commits) > 1 else commits[0]
+        if self._admitted:
+            plan.resets = np.array(self._admitted, np.int32)
         plan.top_k = TOP_K if any(part.sequence.wants_top for part in parts) else 0
         self._admitted, self._commits = [], {}
         return plan
@@ -207,21 +208,28 @@ class Scheduler:
         The owner of the last accepted row has run all its ancestors, so it is the source of them all;
         nobody copies what every replica has run.
         """
-        accepted = [part.start + row for row in part.sequence.commit_rows]
-        everywhere = (1 << self.config.parallel.lp) - 1
-        lines = np.empty((len(accepted), len(Commit)), np.int32)
-        lines[:, Commit.ROW] = accepted
-        shared = (step.plan.rows[accepted, Row.REPLICAS] == everywhere).all()
-        lines[:, Commit.SOURCE] = -1 if shared else step.plan.rows[accepted[-1], Row.OWNER]
+        rows, num_replicas = step.plan.rows, self.config.parallel.lp
+        lines = core.commit_lines(rows, part.start, part.sequence.commit_rows, num_replicas)
         self._commits[part.sequence.slot] = lines
 
+    def _parameters(self, sequences: list[Sequence]) -> Int32:
+        """StepPlan.sequences. A line is made once per turn, and holds the coming tokens in its first step only."""
+        lines = np.empty((len(sequences), len(Seq)), np.int32)
+        for index, sequence in enumerate(sequences):
+            kept = self._lines.get(sequence.slot)
+            if kept is None or kept[0] is not sequence.request:
+                kept = self._lines[sequence.slot] = sequence.request, _line(sequence)
+            lines[index] = kept[1]
+            if sequence.num_coming:
+                lines[index, Seq.NUM_COMING] = min(sequence.num_coming, 2**31 - 1)
+        return lines
 
-def _parameters(sequence: Sequence) -> Int32:
-    """A line of StepPlan.sequences."""
+
+def _line(sequence: Sequence) -> Int32:
+    """Of StepPlan.sequences, but for the coming tokens."""
     sampling = sequence.request.sampling
     line = np.zeros(len(Seq), np.int32)
     line[Seq.SLOT], line[Seq.ROPE_LENGTH] = sequence.slot, sequence.rope_length
-    line[Seq.NUM_COMING] = min(sequence.num_coming, 2**31 - 1)
     line[Seq.TEMPERATURE] = np.float32(sampling.temperature).view(np.int32)
     line[Seq.TOP_K] = min(sampling.top_k, 2**31 - 1)
     line[Seq.TOP_P] = np.float32(sampling.top_p).view(np.int32)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from runtime.config import LookaheadConfig
 from runtime.core import TAIL, CandidateTree, Judge, SequenceRows
 from runtime.lookahead.knowledge import Knowledge
-from runtime.lookahead.sources import SOURCES, JacobiSource, RecycleSource, first_features
+from runtime.lookahead.sources import SOURCES, JacobiSource, RecycleSource, first_features, has_rows
+from runtime.step import Int32
 
 
 class Guesser:
@@ -24,6 +22,7 @@ class Guesser:
         starts = first_features()
         self.sources = [SOURCES[name](config, text, starts[name], knowledge.table) for name in config.sources]
         self._jacobi = next((source for source in self.sources if isinstance(source, JacobiSource)), None)
+        self._learners = [source for source in self.sources if has_rows(source)]
         self.wants_top = any(isinstance(source, RecycleSource) for source in self.sources)
         """Whether rows are to give the model's likeliest tokens, not only the chosen one."""
 
@@ -32,14 +31,14 @@ class Guesser:
         if self._jacobi is not None and self.config.planner:
             window_size, ngram_size = self.knowledge.windows.size
             self._jacobi.resize(min(window_size, self.config.window_size), min(ngram_size, self.config.ngram_size))
-        for source in self.sources:
+        for source in self._learners:
             source.lay_out(rows, room)
 
     def plant(self, rows: SequenceRows, text: Sequence[int], max_depth: int) -> CandidateTree:
         """A tree below the current token, the last one of `text`, with no candidates yet."""
         return CandidateTree(rows, text[-TAIL:], max_depth, self.sources, self.judge)
 
-    def learn(self, tree: CandidateTree, chosen: Sequence[int], top: NDArray[np.int32], before: Sequence[int]) -> None:
+    def learn(self, tree: CandidateTree, chosen: Int32, top: Int32, before: Sequence[int]) -> None:
         """Take in a step's results: the token each row chose, and the likeliest ones, packed.
 
         `before`: the tokens before the step's first row.
@@ -48,12 +47,10 @@ class Guesser:
             self.knowledge.windows.observe(tree.credit(chosen, self._jacobi), tree.margin)
         tree.learn(chosen)
         self.learn_rows(tree.rows, chosen, top, before)
-        for source in self.sources:
+        for source in self._learners:
             source.learn(tree.rows, chosen)
 
-    def learn_rows(
-        self, rows: SequenceRows, chosen: Sequence[int], top: NDArray[np.int32], before: Sequence[int]
-    ) -> None:
+    def learn_rows(self, rows: SequenceRows, chosen: Int32, top: Int32, before: Sequence[int]) -> None:
         """Remember what the model gave behind each row."""
         if self.wants_top:
             self.knowledge.table.learn(rows, before, chosen, top)

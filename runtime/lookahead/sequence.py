@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, replace
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass
 
 from runtime.core import TAIL, CandidateTree, SequenceRows
 from runtime.lookahead.guesser import Guesser
 from runtime.lookahead.knowledge import Knowledge
 from runtime.request import FinishReason, Request, Usage
 from runtime.retention import Ledger
+from runtime.step import Int32
 
 HISTORY = 1 << 14
 """Tokens of the text that candidate sources are sure to know; an endless text is forgotten beyond twice as many."""
@@ -91,9 +89,8 @@ class Sequence:
         uncached = self._uncached()
         return self.ledger.full_at(uncached) < len(uncached)
 
-    def _uncached(self, count: int | None = None) -> list[int]:
-        start = self.num_cached - self._num_forgotten
-        return self.text[start : None if count is None else start + count]
+    def _uncached(self) -> list[int]:
+        return self.text[self.num_cached - self._num_forgotten :]
 
     @property
     def wants_top(self) -> bool:
@@ -106,22 +103,19 @@ class Sequence:
         The tree below them is the caller's to grow; it is None where nothing is to be guessed.
         """
         rows = SequenceRows(first_position=self.num_cached)
-        horizon = self.ledger.horizon
-        chain = self._uncached(min(max_chain, horizon - self.num_cached))
-        rows.add_chain(chain, reaches_end=len(chain) == self.num_uncached)
-        start = self.num_cached - self._num_forgotten
+        horizon, start = self.ledger.horizon, self.num_cached - self._num_forgotten
+        chain = self.text[start : start + min(max_chain, horizon - self.num_cached)]
+        rows.add_chain(chain, reaches_end=start + len(chain) == len(self.text))
         self._step = StepRows(rows, len(chain), self.text[max(start - TAIL, 0) : start])
         missing = self.request.sampling.max_new_tokens - self.usage.num_new_tokens
         # The last token needs no guesses.
         if self._guesser is not None and rows.root >= 0 and missing > 1 and not self._doubtful:
             self._guesser.lay_out(rows, room)
-            max_depth = min(horizon - 1 - rows.positions[rows.root], missing - 1, HISTORY)  # it fits an int of C++
+            max_depth = min(horizon - 1 - rows.root_position, missing - 1, HISTORY)  # it fits an int of C++
             self._step.tree = self._guesser.plant(rows, self.text, max_depth)
         return self._step
 
-    def accept(
-        self, chosen: Tokens[int], top: NDArray[np.int32], now_s: float
-    ) -> tuple[list[int], FinishReason | None]:
+    def accept(self, chosen: Int32, top: Int32, now_s: float) -> tuple[list[int], FinishReason | None]:
         """Take in the token each row chose (-1: none, NOT_A_NUMBER: it has none), and the likeliest ones, packed, where
         they were wanted.
 
@@ -135,7 +129,7 @@ class Sequence:
         step, self._step = self._step, None
         rows, tree, num_chain = step.rows, step.tree, step.num_chain
         self.num_coming = 0
-        path, walked = tree.walk(chosen) if tree is not None else ([], [chosen[rows.root]])
+        path, walked = tree.walk(chosen) if tree is not None else ([], [int(chosen[rows.root])])
         self._doubtful = rows.root >= 0 and walked[-1] < 0 and len(rows) > num_chain
         if self._doubtful:
             walked.pop()
@@ -157,7 +151,7 @@ class Sequence:
         self._forget()
         return emitted, reason
 
-    def _learn(self, step: StepRows, chosen: Tokens[int], top: NDArray[np.int32]) -> None:
+    def _learn(self, step: StepRows, chosen: Int32, top: Int32) -> None:
         if step.tree is not None:
             assert self._guesser is not None
             self._guesser.learn(step.tree, chosen, top, step.before)
@@ -165,9 +159,9 @@ class Sequence:
             self._guesser.learn_rows(step.rows, chosen, top, step.before)
 
     def _enter_cache(self, rows: SequenceRows, accepted: list[int]) -> None:
-        self.num_cached += len(accepted)
-        tokens = rows.tokens
-        self.ledger.commit([tokens[row] for row in accepted])
+        if accepted:
+            self.num_cached += len(accepted)
+            self.ledger.commit(rows.tokens_of(accepted))
 
     def _until_end(self, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
         """Cut the tokens where one-at-a-time decoding would have ended, and say why it ended there."""
@@ -184,17 +178,17 @@ class Sequence:
 
     def _count(self, num_new: int, num_rows: int, now_s: float) -> None:
         elapsed = now_s - self.request.arrival_s
-        usage = self.usage
-        self.usage = replace(
-            usage,
-            num_new_tokens=usage.num_new_tokens + num_new,
-            num_steps=usage.num_steps + 1,
-            num_rows=usage.num_rows + num_rows,
+        usage, ledger = self.usage, self.ledger
+        self.usage = Usage(
+            usage.num_prompt_tokens,
+            usage.num_new_tokens + num_new,
+            usage.num_steps + 1,
+            usage.num_rows + num_rows,
             ttft_s=usage.ttft_s or elapsed,
             latency_s=elapsed,
-            num_seen_tokens=self.ledger.length,
-            kept_last=self.ledger.kept_last,
-            kept_sum=self.ledger.kept_sum,
+            num_seen_tokens=ledger.length,
+            kept_last=ledger.kept_last,
+            kept_sum=ledger.kept_sum,
         )
 
     def _forget(self) -> None:

@@ -13,6 +13,7 @@ from runtime.config import LookaheadConfig
 from runtime import core
 from runtime.core import RecycleTable, SequenceRows, Source
 from runtime.lookahead.window import Window
+from runtime.step import Int32
 
 
 class SourceType(Protocol):
@@ -56,10 +57,10 @@ class JacobiSource(core.NgramSource):
         if self.window is not None and self._laid_out:
             self.window.lay_out(rows)
 
-    def learn(self, rows: SequenceRows, chosen: Sequence[int]) -> None:
+    def learn(self, rows: SequenceRows, chosen: Int32) -> None:
         """See the token each row of the step chose; -1: none."""
         if self.window is not None and self._laid_out:
-            for ngram in self.window.advance(rows.tokens[rows.root], chosen):
+            for ngram in self.window.advance(rows.tokens[rows.root], chosen.tolist()):
                 self.pool.add(ngram)
 
 
@@ -78,6 +79,12 @@ class RecycleSource(core.RecycleSource):
 
 
 SOURCES: dict[str, SourceType] = {"jacobi": JacobiSource, "suffix": SuffixSource, "recycle": RecycleSource}
+
+
+def has_rows(source: Source) -> bool:
+    """Whether the source lays out rows of its own, or learns from every step's."""
+    kind = type(source)
+    return kind.lay_out is not Source.lay_out or kind.learn is not Source.learn
 
 
 def priors() -> list[float]:

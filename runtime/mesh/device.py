@@ -28,4 +28,6 @@ def pinned(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
 
 def upload(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
     """A host array on the device; the host does not wait."""
+    if device.type == "cpu":
+        return torch.from_numpy(array)
     return pinned(array, device).to(device, non_blocking=True)

@@ -17,6 +17,7 @@ again as the window moves.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,6 +26,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from runtime import core
+from runtime.core import Share
 from runtime.mesh.device import upload
 from runtime.model.kv_cache import KVCache, Stage
 from runtime.model.layers import at_least_float32
@@ -48,7 +51,12 @@ class Segment:
     stop: int
     tokens: Ints  # [t]
     positions: Ints  # [t]
-    ancestors: Bools  # [t, t]: row j is an ancestor of row i, or row i itself
+    parents: NDArray[np.int32]  # [t] among these rows; -1: none
+
+    @functools.cached_property
+    def ancestors(self) -> Bools:
+        """[t, t]: row j is an ancestor of row i, or row i itself."""
+        return ancestry(self.parents)
 
     def sees(self, retained: Retention, window: int | None) -> Bools | None:
         """[t, n + t] what each row sees in a layer with this sliding window of the model's own; None: all of it.
@@ -168,28 +176,34 @@ class RowBatch:
         starts = [0, *(np.flatnonzero(np.diff(slots)) + 1).tolist()] if len(slots) else []
         stops = [*starts[1:], len(slots)]
         assert len({int(slots[start]) for start in starts}) == len(starts), "rows of one slot must stand together"
-        ids, places = np.asarray(tokens, np.int64), np.asarray(positions, np.int64)
-        segments = []
-        for start, stop in zip(starts, stops, strict=True) if starts else ():
-            local = np.where(parents[start:stop] < 0, -1, parents[start:stop] - start)
-            rows = slice(start, stop)
-            segments.append(Segment(int(slots[start]), start, stop, ids[rows], places[rows], ancestry(local)))
-        columns = np.stack([ids, places, np.asarray(rope_lengths, np.int64)])
+        columns = np.stack([np.asarray(column, np.int64) for column in (tokens, positions, rope_lengths)])
+        runs = [(int(slots[start]), start, stop) for start, stop in zip(starts, stops, strict=True)]
+        first = np.repeat(starts, np.subtract(stops, starts)) if starts else np.empty(0, np.int64)
+        local = np.where(np.asarray(parents) < 0, -1, parents - first).astype(np.int32)
+        return cls._of(columns, local, runs, device)
+
+    @classmethod
+    def of(cls, share: Share, device: torch.device) -> RowBatch:
+        """The rows of a step that this rank runs."""
+        return cls._of(share.columns, share.parents, share.runs, device)
+
+    @classmethod
+    def _of(
+        cls, columns: Ints, parents: NDArray[np.int32], runs: Sequence[tuple[int, int, int]], device: torch.device
+    ) -> RowBatch:
+        """`parents` count from their run's first row."""
+        tokens, positions, _ = columns
+        segments = [
+            Segment(slot, start, stop, tokens[start:stop], positions[start:stop], parents[start:stop])
+            for slot, start, stop in runs
+        ]
         return cls(upload(columns, device), segments)
 
 
 def ancestry(parents: NDArray[np.integer]) -> Bools:
-    """[t, t]: row i has row j as an ancestor, or is row j. Parents come before their children; -1 is none."""
-    count = len(parents)
-    rows = np.arange(count)
-    assert (parents < rows).all() and (parents >= -1).all(), "a parent must come before its child, in the same slot"
-    if (parents == rows - 1).all():  # a prompt's chunk
-        return np.tri(count, dtype=np.bool_)
-    sees = np.eye(count, dtype=np.bool_)
-    for row, parent in enumerate(parents.tolist()):
-        if parent >= 0:
-            sees[row] |= sees[parent]
-    return sees
+    """[t, t]: row i has row j as an ancestor, or is row j. Parents come before their children, else ValueError; -1 is
+    none."""
+    return core.ancestry(parents)
 
 
 class StepAttention:

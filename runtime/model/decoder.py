@@ -12,7 +12,7 @@ from runtime.model.attention import RowBatch, StepAttention, Views
 from runtime.model.kv_cache import CacheMaker, KVCache
 from runtime.model.layers import GatedMLP, Linear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
 from runtime.model.rotary import Rotary
-from runtime.model.sampler import Logits
+from runtime.model.sampler import Logits, TokenChooser
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 
@@ -31,7 +31,7 @@ class DecoderLayer:
 
 
 @dataclass(frozen=True)
-class Decoder(CacheMaker):
+class Decoder(CacheMaker, TokenChooser):
     """Runs rows against KV caches. Every rank of the TP group calls it with the same batch."""
 
     spec: ModelSpec

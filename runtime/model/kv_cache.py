@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from runtime import core
 from runtime.errors import ConfigError
 from runtime.mesh.device import upload
 from runtime.mesh.mesh import Mesh
@@ -131,11 +132,8 @@ class KVCache:
     def commit(self, slot: int, staged: Sequence[int], tokens: Sequence[int]) -> None:
         """Make the staged rows with these indices (ascending) and token ids the next tokens of the sequence."""
         assert all(a < b for a, b in zip(staged, staged[1:], strict=False)), "staged rows out of order"
-        in_place = _num_in_place(staged)
-        moved = staged[in_place:]
-        if moved:
-            start = self.retained[slot].num_stored
-            self.buffer[slot, ..., start + in_place : start + len(staged), :] = self.read_staged(slot, moved)
+        start = self.retained[slot].num_stored
+        self._pull(slot, start, [start + row for row in staged])
         self._apply(slot, self.retained[slot].commit(tokens))
 
     def read_staged(self, slot: int, staged: Sequence[int]) -> torch.Tensor:
@@ -182,11 +180,23 @@ class KVCache:
             fresh = self._read(slot, kept[earlier : len(turns)])[:, 0]
             rows = upload(np.asarray(kept[:earlier], np.int64), self.device)
             unturned.copy_(torch.cat([self.unturned[slot].index_select(2, rows), fresh], dim=2))
-        in_place = _num_in_place(kept)
-        if in_place < len(kept):
-            self.buffer[slot, ..., in_place : len(kept), :] = self._read(slot, kept[in_place:])
+        self._pull(slot, 0, kept)
         if len(turns):
             self.buffer[slot, :, 0, :, : len(turns)] = self.rotary.turn(unturned, turns)
+
+    def _pull(self, slot: int, start: int, rows: Sequence[int]) -> None:
+        """Row start + i becomes what rows[i] (ascending, start + i at least) was."""
+        in_place = next((i for i, row in enumerate(rows) if row != start + i), len(rows))
+        start, rows = start + in_place, rows[in_place:]
+        if not rows:
+            return
+        if self.device.type == "cpu":
+            *kinds, num_rows, head_dim = self.buffer.shape[1:]
+            row_bytes = head_dim * self.buffer.itemsize
+            address = self.buffer.data_ptr() + slot * self.buffer.stride(0) * self.buffer.itemsize
+            core.pull_rows(address, math.prod(kinds), num_rows * row_bytes, row_bytes, start, rows)
+        else:
+            self.buffer[slot, ..., start : start + len(rows), :] = self._read(slot, rows)
 
     def _read(self, slot: int, rows: Sequence[int]) -> torch.Tensor:
         index = upload(np.asarray(rows, np.int64), self.device)
@@ -214,8 +224,3 @@ class CacheMaker:
         """
         kinds = self.num_kv_heads, self.spec.head_dim, max_staged, self.rotary, self.dtype, self.mesh.device
         return tuple(KVCache(group, num_slots, *kinds) for group in groups)
-
-
-def _num_in_place(rows: Sequence[int]) -> int:
-    """How many of these rows, from the first on, stand where they are to stand: row i at i."""
-    return next((i for i, row in enumerate(rows) if row != i), len(rows))

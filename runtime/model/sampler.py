@@ -13,19 +13,21 @@ such a logit alone. -inf for some of the tokens is no fault.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from runtime import core
 from runtime.mesh.device import upload
 from runtime.mesh.mesh import Mesh
-from runtime.step import NOT_A_NUMBER, TOP_BITS, Choose, Int32, Row, Seq
+from runtime.step import NOT_A_NUMBER, TOP_BITS, Int32, Row, Seq
 
 PREFIX = 1024
 """Likeliest tokens looked at first for top-p; a full sort only where they do not reach it."""
 
-GREEDY_BELOW = 1e-5
+GREEDY_BELOW = core.GREEDY_BELOW
 """Temperatures below are 0: they divide differences between logits that are no larger than those between two orders of
 summation, and would draw lots among equal logits, of which greedy decoding takes the first."""
 
@@ -72,34 +74,54 @@ class Logits:
         return values, places, torch.cat([values, others], dim=1).logsumexp(1)
 
 
-def sampled_rows(rows: Int32, sequences: Int32) -> NDArray[np.intp]:
-    """Which rows choose by chance, [S]; the others take the largest logit. Arguments as `choose_tokens` has them."""
-    temperature = sequences[:, Seq.TEMPERATURE].view(np.float32)
-    return np.flatnonzero((rows[:, Row.CHOOSE] == Choose.SAMPLE) & (temperature >= GREEDY_BELOW))
+@dataclass(frozen=True)
+class Sampled:
+    """Those of R rows that choose by chance, by the parameters of their sequences."""
+
+    index: NDArray[np.int64]
+    """[S] among the R."""
+    rows: Int32
+    """[S, len(Row)] their lines of the plan."""
+    sequences: Int32
+    """[S, len(Seq)] their sequences' lines."""
 
 
-def choose_tokens(
-    logits: Logits,
-    rows: Int32,
-    sequences: Int32,
-    sampled: NDArray[np.intp],
-    mesh: Mesh,
-    vocab_range: tuple[int, int],
-) -> torch.Tensor:
+class TokenChooser:
+    """What decoders have in common: the tokens that rows choose."""
+
+    mesh: Mesh
+    vocab_range: tuple[int, int]
+
+    def search(self, hidden: torch.Tensor, k: int, keep_all: bool) -> Logits:
+        """Logits of rows [R, D], to be searched for the k largest. `keep_all`: the others are wanted, too."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def choose(
+        self, hidden: torch.Tensor, wanted: NDArray[np.int64], top_k: int, sampled: Sampled | None = None
+    ) -> Int32:
+        """Per wanted row [R] of what `forward` returned, the token it chooses (or NOT_A_NUMBER) and, packed, the `top_k`
+        likeliest ones, which then mean nothing. The same on every TP rank. [R, 1 + top_k]"""
+        logits = self.search(hidden[upload(wanted, hidden.device)], max(top_k, 1), keep_all=sampled is not None)
+        found = [choose_tokens(logits, sampled, self.mesh, self.vocab_range)[:, None]]
+        if top_k:
+            found.append(top_tokens(logits, top_k, self.mesh, self.vocab_range))
+        return torch.cat(found, dim=1).int().cpu().numpy()
+
+
+def choose_tokens(logits: Logits, sampled: Sampled | None, mesh: Mesh, vocab_range: tuple[int, int]) -> torch.Tensor:
     """The token each row chooses, or NOT_A_NUMBER, the same on every TP rank. [R] int64
 
     Args:
         logits: this shard's slice of the vocabulary, of R rows.
-        rows: the rows of the plan the logits belong to. [R, len(Row)]
-        sequences: their sequences' parameters, line by line. [R, len(Seq)]
-        sampled: what `sampled_rows` says of them.
+        sampled: those that do not simply take the largest.
         vocab_range: the ids the slice covers, [start, stop).
     """
     chosen = _best_of_shards(*logits.best(), mesh, vocab_range)
-    if not len(sampled):
+    if sampled is None:
         return chosen
-    index = upload(sampled, logits.values.device)
-    scores = _scores(logits.values[index], rows[sampled], sequences[sampled], mesh, vocab_range)
+    index = upload(sampled.index, logits.values.device)
+    scores = _scores(logits.values[index], sampled.rows, sampled.sequences, mesh, vocab_range)
     chosen[index] = _best_of_shards(*scores.max(dim=-1), mesh, vocab_range)
     return chosen
 

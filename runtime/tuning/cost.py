@@ -101,6 +101,7 @@ class RunningCost:
         self.curve = curve
         self._points = np.array(curve.rows, float)
         self._correction = np.zeros(len(curve.rows))  # logarithms of factors
+        self._share_of: dict[int, NDArray[np.float64]] = {}
         self._max_rows = max_rows
         self._since_refresh = 0
         self.seconds = curve.table(max_rows)
@@ -110,15 +111,20 @@ class RunningCost:
 
     def observe(self, num_rows: int, seconds: float) -> None:
         """A step of decoding took this long, planning and verification included."""
-        surprise = np.log(seconds / self.seconds[min(num_rows, self._max_rows)])
-        surprise = float(np.clip(surprise, -np.log(self.OUTLIER), np.log(self.OUTLIER)))
-        distance = np.abs(np.log(self._points / num_rows))
-        share = self.ELSEWHERE + (1 - self.ELSEWHERE) * np.exp(-((distance / 0.5) ** 2))
-        self._correction += self.RATE * surprise * share
+        surprise = math.log(seconds / self.seconds[min(num_rows, self._max_rows)])
+        most = math.log(self.OUTLIER)
+        self._correction += self.RATE * max(-most, min(surprise, most)) * self._share(num_rows)
         self._since_refresh += 1
         if self._since_refresh >= 8:
             self._since_refresh = 0
             self.seconds = self.now().table(self._max_rows)
+
+    def _share(self, num_rows: int) -> NDArray[np.float64]:
+        """How much of what a step with so many rows says holds for each number of rows measured."""
+        if num_rows not in self._share_of:
+            distance = np.abs(np.log(self._points / num_rows))
+            self._share_of[num_rows] = self.ELSEWHERE + (1 - self.ELSEWHERE) * np.exp(-((distance / 0.5) ** 2))
+        return self._share_of[num_rows]
 
     def now(self) -> CostCurve:
         """The curve, corrected."""

@@ -18,7 +18,7 @@ from runtime.mesh.device import pick_device
 from runtime.mesh.group import COLLECTIVE_TIMEOUT_S
 from runtime.model.spec import ModelSpec
 from runtime.step import Row, StepPlan, StepResult, WireLayout
-from runtime.workers.worker import RESULT_HEADER, Worker, alive_key, result_words, wire_layout
+from runtime.workers.worker import RESULT_HEADER, DecoderMaker, Worker, alive_key, result_words, wire_layout
 
 LAST_WORDS_S = 1.0
 """How long a worker whose connections have ended may take to say why."""
@@ -51,10 +51,11 @@ class WorkerPool(Protocol):
 class LocalExecutor:
     """The only rank of a 1x1 mesh, in this process."""
 
-    def __init__(self, config: Config, spec: ModelSpec) -> None:
+    def __init__(self, config: Config, spec: ModelSpec, make_decoder: DecoderMaker | None = None) -> None:
+        """`make_decoder`: what it computes with, if not the model."""
         if config.parallel.threads is not None:
             torch.set_num_threads(config.parallel.threads)
-        self._worker = Worker(config, spec, mesh.Mesh(device=pick_device(config, 0)))
+        self._worker = Worker(config, spec, mesh.Mesh(device=pick_device(config, 0)), make_decoder)
 
     def execute(self, plan: StepPlan) -> StepResult:
         started = time.perf_counter()

@@ -19,6 +19,7 @@ import weakref
 from contextlib import suppress
 from multiprocessing.spawn import get_executable
 from pathlib import Path
+from typing import Any
 
 from runtime.config import Config
 from runtime.errors import ConfigError
@@ -41,7 +42,9 @@ class ProcessPool:
 
     host = LOOPBACK
 
-    def __init__(self) -> None:
+    def __init__(self, make_decoder: Any = None) -> None:
+        """`make_decoder` (a worker.DecoderMaker that can be pickled): what ranks compute with, if not the model."""
+        self._make_decoder = make_decoder
         self._workers: list[subprocess.Popen[bytes]] = []
         self._failure: str | None = None
         self._finalizer = weakref.finalize(self, _end, self._workers, os.getpid())
@@ -62,7 +65,8 @@ class ProcessPool:
             self._workers.append(worker)
             assert worker.stdin is not None
             with suppress(BrokenPipeError):  # it has ended already, and `failure` says so
-                worker.stdin.write(pickle.dumps(path) + pickle.dumps((rank, (config, spec, rank, host, port))))
+                what = config, spec, rank, host, port, self._make_decoder
+                worker.stdin.write(pickle.dumps(path) + pickle.dumps((rank, what)))
                 worker.stdin.flush()  # and left open: when it ends, so does the worker
 
     def failure(self) -> str | None:

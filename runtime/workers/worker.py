@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from runtime.config import Config
+from runtime.core import Share
 from runtime.mesh import mesh as meshes
-from runtime.mesh.device import pick_device, upload
+from runtime.mesh.device import pick_device
 from runtime.mesh.group import COLLECTIVE_TIMEOUT_S
 from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch
@@ -20,12 +23,14 @@ from runtime.model.cuda.graphs import GraphedDecoder
 from runtime.model.decoder import Decoder
 from runtime.model.loader import load_decoder, resolve_model
 from runtime.model.native import NativeDecoder
-from runtime.model.sampler import choose_tokens, sampled_rows, top_tokens
+from runtime.model.sampler import Sampled
 from runtime.model.spec import ModelSpec
 from runtime.retention import layer_groups
-from runtime.step import Choose, Commit, Int32, Row, Seq, StepPlan, WireLayout
+from runtime.step import Int32, StepPlan, WireLayout
 
 AnyDecoder = Decoder | NativeDecoder | GraphedDecoder
+DecoderMaker = Callable[[Config, ModelSpec, Mesh], Any]
+"""What has the surface of runtime.model.decoder.Decoder."""
 
 MIN_ROWS = 2
 """On torch's kernels a step with a single row runs it twice: those for one row differ from those for more, and
@@ -38,75 +43,42 @@ RESULT_HEADER = 1
 class Worker:
     """Executes plans. The same class serves one process and every rank of a mesh."""
 
-    def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh) -> None:
+    def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh, make_decoder: DecoderMaker | None = None) -> None:
         self.mesh = mesh
-        self.decoder = make_decoder(config, spec, mesh)
-        self._min_rows = 1 if isinstance(self.decoder, NativeDecoder) else MIN_ROWS
+        self.decoder = (make_decoder or decoder_of)(config, spec, mesh)
+        self._min_rows = MIN_ROWS if isinstance(self.decoder, Decoder | GraphedDecoder) else 1
         groups = layer_groups(config.cache, spec.num_layers, spec.max_positions)
         scheduler = config.scheduler
         self.caches = self.decoder.make_caches(groups, scheduler.max_sequences, max_staged=scheduler.max_rows)
-        self._last = StepPlan.empty()
+        self._last = self._share(StepPlan.empty())
         self._unclean: set[int] = set()  # slots in whose rows the last step had NaN or infinities
 
-    @torch.inference_mode()
+    def _share(self, plan: StepPlan) -> Share:
+        return Share(plan.rows, plan.sequences, self.mesh.replica, self._min_rows)
+
     def step(self, plan: StepPlan) -> Int32:
         """Commit, run this replica's rows, and return per row the token it chose (-1: none, NOT_A_NUMBER: it has none)
         and, packed, the likeliest ones. [T local, 1 + top_k]"""
-        local = plan.local_rows(self.mesh.replica)
-        chosen = np.zeros((len(local), 1 + plan.top_k), np.int32)
         if not plan.num_rows:
-            return chosen  # a heartbeat: what is staged stays staged
+            return np.zeros((0, 1 + plan.top_k), np.int32)  # a heartbeat: what is staged stays staged
         self._commit(plan)
-        self._last = plan
-        for slot, num_coming in plan.sequences[:, [Seq.SLOT, Seq.NUM_COMING]].tolist():
-            if num_coming:
-                for cache in self.caches:
-                    cache.begin_turn(slot, num_coming)
-        if not len(local):
-            return chosen
-        rows = plan.rows[np.resize(local, max(len(local), self._min_rows))]
-        sequence_of_slot = {int(line[Seq.SLOT]): index for index, line in enumerate(plan.sequences)}
-        sequences = plan.sequences[[sequence_of_slot[slot] for slot in rows[:, Row.SLOT].tolist()]]
-        batch = RowBatch.build(
-            tokens=rows[:, Row.TOKEN],
-            positions=rows[:, Row.POSITION],
-            parents=_local_parents(rows[:, Row.PARENT], local),
-            slots=rows[:, Row.SLOT],
-            rope_lengths=sequences[:, Seq.ROPE_LENGTH],
-            device=self.mesh.device,
-        )
-        hidden = self.decoder.forward(batch, self.caches)
-        rows, sequences = rows[: len(local)], sequences[: len(local)]
-        chosen[:, 0] = -1
-        wanted = np.flatnonzero((rows[:, Row.CHOOSE] != Choose.NOTHING) & (rows[:, Row.OWNER] == self.mesh.replica))
-        if len(wanted):
-            rows, sequences, place = rows[wanted], sequences[wanted], (self.mesh, self.decoder.vocab_range)
-            sampled = sampled_rows(rows, sequences)
-            wanted_hidden = hidden[upload(wanted, hidden.device)]
-            logits = self.decoder.search(wanted_hidden, max(plan.top_k, 1), keep_all=len(sampled) > 0)
-            found = [choose_tokens(logits, rows, sequences, sampled, *place)[:, None]]
-            if plan.top_k:
-                found.append(top_tokens(logits, plan.top_k, *place))
-            results = torch.cat(found, dim=1).cpu().numpy()
-            if (without := results[:, 0] < 0).any():
-                results[without, 1:] = 0
-                self._unclean.update(rows[without, Row.SLOT].tolist())
-            chosen[wanted] = results
+        self._last = share = self._share(plan)
+        for slot, num_coming in share.turns:
+            for cache in self.caches:
+                cache.begin_turn(slot, num_coming)
+        if not share.num_rows:
+            return np.zeros((0, 1 + plan.top_k), np.int32)
+        hidden = self.decoder.forward(RowBatch.of(share, self.mesh.device), self.caches)
+        results = np.zeros((0, 1 + plan.top_k), np.int32)
+        if len(wanted := share.wanted):
+            results = self.decoder.choose(hidden, wanted, plan.top_k, _sampled(plan, share))
+        chosen, without = share.spread(results)
+        self._unclean.update(without)
         return chosen
 
     def _commit(self, plan: StepPlan) -> None:
         """Move accepted rows of the last step into the caches; LP peers copy them from the replica that ran them."""
-        local = self._last.local_rows(self.mesh.replica)
-        slots, tokens = self._last.rows[:, Row.SLOT], self._last.rows[:, Row.TOKEN]
-        local_slots = slots[local]
-        rows, sources = plan.commits[:, Commit.ROW], plan.commits[:, Commit.SOURCE]
-        commit_slots = slots[rows]
-        for slot in np.unique(commit_slots).tolist():
-            mine = commit_slots == slot
-            source = int(sources[mine][0])
-            start = int(np.searchsorted(local_slots, slot)) if len(local_slots) else 0
-            staged = (np.searchsorted(local, rows[mine]) - start).tolist()
-            accepted = tokens[rows[mine]].tolist()
+        for slot, source, staged, accepted in self._last.commits(plan.commits):
             for cache in self.caches:
                 if source < 0 or self.mesh.lp == 1:
                     cache.commit(slot, staged, accepted)
@@ -125,7 +97,15 @@ class Worker:
                 cache.reset(slot)
 
 
-def make_decoder(config: Config, spec: ModelSpec, mesh: Mesh) -> AnyDecoder:
+def _sampled(plan: StepPlan, share: Share) -> Sampled | None:
+    """Which of the wanted rows choose by chance."""
+    if not len(index := share.sampled):
+        return None
+    rows = plan.rows[share.local[share.wanted[index]]]
+    return Sampled(index, rows, plan.sequences[share.sequence_of[index]])
+
+
+def decoder_of(config: Config, spec: ModelSpec, mesh: Mesh) -> AnyDecoder:
     """The model as this rank runs it. Raises ConfigError where the config asks for what cannot be had."""
     model = config.model
     directory, dtype = resolve_model(model.path), getattr(torch, model.dtype)
@@ -135,13 +115,13 @@ def make_decoder(config: Config, spec: ModelSpec, mesh: Mesh) -> AnyDecoder:
     return decoder
 
 
-def _local_parents(parents: Int32, local: np.ndarray) -> Int32:
-    """Parents as indices into `local`; a replica runs every ancestor of its rows."""
-    return np.where(parents < 0, -1, np.searchsorted(local, parents)).astype(np.int32)
+def serve(
+    config: Config, spec: ModelSpec, rank: int, host: str, port: int, make_decoder: DecoderMaker | None = None
+) -> None:
+    """Be worker `rank` (from 1) of the mesh whose coordinator waits at host:port, until it says stop.
 
-
-def serve(config: Config, spec: ModelSpec, rank: int, host: str, port: int) -> None:
-    """Be worker `rank` (from 1) of the mesh whose coordinator waits at host:port, until it says stop."""
+    `make_decoder`: what it computes with, if not the model.
+    """
     parallel = config.parallel
     torch.set_num_threads(parallel.threads_each(os.cpu_count() or 1, parallel.num_workers))
     device = pick_device(config, (rank - 1) % max(torch.cuda.device_count(), 1))
@@ -150,7 +130,7 @@ def serve(config: Config, spec: ModelSpec, rank: int, host: str, port: int) -> N
     control, mesh = meshes.join(rank, parallel.lp, parallel.tp, device, store)
     assert mesh is not None
     try:
-        _loop(Worker(config, spec, mesh), control, wire_layout(config))
+        _loop(Worker(config, spec, mesh, make_decoder), control, wire_layout(config))
     finally:  # a peer that waits for this rank learns at once that it has gone
         mesh.close()
         control.close()

@@ -30,7 +30,7 @@ from runtime.mesh.device import pinned
 from runtime.model.attention import Anchors, RowBatch, Segment
 from runtime.model.decoder import Decoder
 from runtime.model.kv_cache import KVCache
-from runtime.model.sampler import Logits
+from runtime.model.sampler import Logits, TokenChooser
 from runtime.retention import LayerGroup
 
 ROW_BUCKETS = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -50,7 +50,7 @@ class Shape:
     """(Nb, A) of each cache; A = 0: no anchors whose distances count from slots."""
 
 
-class GraphedDecoder:
+class GraphedDecoder(TokenChooser):
     """A decoder whose steps of one sequence run in fixed shapes, on CUDA as graphs. Same surface as Decoder.
 
     What `forward` returns holds until the next call.

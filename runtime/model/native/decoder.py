@@ -17,7 +17,7 @@ from runtime.model.kv_cache import CacheMaker, KVCache
 from runtime.model.layers import LayerWeights, VocabParallelEmbedding
 from runtime.model.native.build import available, library
 from runtime.model.rotary import Rotary
-from runtime.model.sampler import Logits
+from runtime.model.sampler import Logits, TokenChooser
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.retention import Bools, Ints
@@ -89,7 +89,7 @@ def obstacle(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> str |
     return None if works else reason
 
 
-class NativeDecoder(CacheMaker):
+class NativeDecoder(CacheMaker, TokenChooser):
     """Does what runtime.model.decoder.Decoder does, with the same surface.
 
     A row's result is the same, bit for bit, whatever other rows are in the step, however many threads there are, and

@@ -86,7 +86,7 @@ def decode(
             for i, p in enumerate(rows.parents)
         )
         top = [likeliest([0, 0, *cached, *ancestors(rows, row)]) for row in range(len(rows))]
-        output += sequence.accept(choose_all(rows, cached), np.array(top, np.int32), 0.0)[0]
+        output += sequence.accept(np.array(choose_all(rows, cached), np.int32), np.array(top, np.int32), 0.0)[0]
     return output[:count], sequence.usage.num_steps
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from runtime.mesh.mesh import Mesh
-from runtime.model.sampler import Logits, _least_kept, choose_tokens, gumbel, sampled_rows, top_tokens
+from runtime.model.sampler import GREEDY_BELOW, Logits, Sampled, _least_kept, choose_tokens, gumbel, top_tokens
 from runtime.step import TOP_BITS, Choose, Row, Seq
 
 
@@ -27,8 +27,10 @@ def rows_at(positions, choose=Choose.SAMPLE) -> np.ndarray:
 
 
 def choose(logits, rows, parameters) -> np.ndarray:
-    sampled = sampled_rows(rows, parameters)
-    return choose_tokens(Logits(logits), rows, parameters, sampled, Mesh(), (0, logits.shape[1])).numpy()
+    by_chance = parameters[:, Seq.TEMPERATURE].view(np.float32) >= GREEDY_BELOW
+    index = np.flatnonzero((rows[:, Row.CHOOSE] == Choose.SAMPLE) & by_chance)
+    sampled = Sampled(index, rows[index], parameters[index]) if len(index) else None
+    return choose_tokens(Logits(logits), sampled, Mesh(), (0, logits.shape[1])).numpy()
 
 
 LOGITS = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2
