@@ -13,8 +13,8 @@ from benchmarks.costs import Shape, step_cost
 from benchmarks.scaling.cells import Cell
 from benchmarks.speed.report import PHASES
 from runtime.config import LookaheadConfig, SamplingParams
-from runtime.engine.engine import Engine
 from runtime.core import partition
+from runtime.engine.engine import Engine
 from runtime.step import Commit, Row, StepPlan, StepResult
 from runtime.workers.worker import result_words, wire_layout
 

@@ -148,7 +148,7 @@ class Source:
     def lay_out(self, rows: SequenceRows, room: int) -> None:
         """Add rows of the source's own, at most `room`, below `rows.root`."""
 
-    def learn(self, rows: SequenceRows, chosen: Sequence[int]) -> None:
+    def learn(self, rows: SequenceRows, chosen: Int32) -> None:
         """See the token each row of the step chose; -1: none."""
 
     def observe(self, tokens: Sequence[int], is_prompt: bool) -> None:
@@ -317,8 +317,8 @@ class Share:
         Args:
             results: token and packed likeliest ones. [R, 1 + top_k]
         Returns:
-            The same for all rows, -1 and zeros for those that chose none [L, 1 + top_k]; and the slots of rows that should
-            have chosen one and had none (NOT_A_NUMBER; their other columns are 0).
+            The same for all rows, -1 and zeros for those that chose none [L, 1 + top_k]; and the slots of rows that
+            should have chosen one and had none (NOT_A_NUMBER; their other columns are 0).
         """
 
     def commits(self, lines: Int32) -> list[tuple[int, int, list[int], list[int]]]:
@@ -337,6 +337,13 @@ class Keys:
     def __init__(
         self, retained: Retention, positions: Ints, tokens: Ints, parents: Int32, window: int | None, block: int
     ) -> None: ...
+    def addresses(self) -> tuple[int, int, int]:
+        """Where `columns`, `tails` and `visible` stand in memory while this object lives; 0: there are none."""
+
+    @property
+    def num_columns(self) -> int:
+        """C"""
+
     @property
     def columns(self) -> Ints:
         """[C] indices into the stored tokens and the rows behind them; -1 is none."""

@@ -337,6 +337,14 @@ void bind_plan(py::module_& module) {
              py::arg("block"))
         .def_readonly("num_tail", &Keys::num_tail)
         .def_readonly("num_shared", &Keys::num_shared)
+        .def("addresses",
+             [](const Keys& keys) {
+                 const auto address = [](const auto& values) {
+                     return values.empty() ? uintptr_t{0} : reinterpret_cast<uintptr_t>(values.data());
+                 };
+                 return std::tuple(address(keys.columns), address(keys.tails), address(keys.visible));
+             })
+        .def_property_readonly("num_columns", [](const Keys& keys) { return std::ssize(keys.columns); })
         .def_property_readonly("columns",
                                [](const py::object& self) {
                                    const auto& keys = self.cast<const Keys&>();

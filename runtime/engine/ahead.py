@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from runtime import compiler
+from runtime import build, compiler
 from runtime.config import Config
-from runtime import build
 
 
 @functools.cache

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from runtime.config import Config, LookaheadConfig, SamplingParams, Section
+from runtime.core import Bigrams
 from runtime.engine.admission import Admission
 from runtime.engine.scheduler import TOP_K, Scheduler, Step
 from runtime.engine.session import Session
 from runtime.errors import InvalidRequestError, NumericsError
-from runtime.core import Bigrams
 from runtime.lookahead.knowledge import Knowledge
 from runtime.model.loader import checked_model
 from runtime.model.shard import HeadShard

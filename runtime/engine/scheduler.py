@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from runtime.config import Config
 from runtime import core
+from runtime.config import Config
 from runtime.core import CandidateTree, SequenceRows
 from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.sequence import Sequence, StepRows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
 from runtime.core import TAIL, CandidateTree, SequenceRows

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from runtime.config import LookaheadConfig
 from runtime import core
+from runtime.config import LookaheadConfig
 from runtime.core import RecycleTable, SequenceRows, Source
 from runtime.lookahead.window import Window
 from runtime.step import Int32

@@ -100,8 +100,8 @@ class TokenChooser:
     def choose(
         self, hidden: torch.Tensor, wanted: NDArray[np.int64], top_k: int, sampled: Sampled | None = None
     ) -> Int32:
-        """Per wanted row [R] of what `forward` returned, the token it chooses (or NOT_A_NUMBER) and, packed, the `top_k`
-        likeliest ones, which then mean nothing. The same on every TP rank. [R, 1 + top_k]"""
+        """Per wanted row [R] of what `forward` returned, the token it chooses and, packed, the `top_k` likeliest ones,
+        which mean nothing where the token is NOT_A_NUMBER. The same on every TP rank. [R, 1 + top_k]"""
         logits = self.search(hidden[upload(wanted, hidden.device)], max(top_k, 1), keep_all=sampled is not None)
         found = [choose_tokens(logits, sampled, self.mesh, self.vocab_range)[:, None]]
         if top_k:

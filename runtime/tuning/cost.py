@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.config import Config
-from runtime.disk import cache_root, kept
 from runtime.core import SequenceRows
+from runtime.disk import cache_root, kept
 from runtime.mesh.device import pick_device
 from runtime.model import native
 from runtime.model.spec import ModelSpec

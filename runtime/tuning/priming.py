@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from runtime.config import Config
-from runtime.disk import cache_root, kept, locked
 from runtime.core import SequenceRows
+from runtime.disk import cache_root, kept, locked
 from runtime.model.loader import resolve_model
 from runtime.model.spec import ModelSpec
 from runtime.progress import doing

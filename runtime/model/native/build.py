@@ -53,7 +53,11 @@ def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.outrider_forward.argtypes = [pointer, pointer, count, count]
     kernels.outrider_search.argtypes = [pointer, count, *[pointer] * 4, count, *[pointer] * 3, count]
     kernels.outrider_units.argtypes, kernels.outrider_units.restype = [], ctypes.c_char_p
-    for name in ("forward", "search"):
+    kernels.outrider_choose.argtypes = [pointer, count, pointer, count, pointer, count, pointer, count]
+    kernels.outrider_embed.argtypes = [pointer, pointer, count, count, pointer, count, pointer]
+    real = ctypes.c_double
+    kernels.outrider_turns.argtypes = [pointer, count, real, real, pointer, count, pointer]
+    for name in ("forward", "search", "choose", "embed", "turns"):
         getattr(kernels, f"outrider_{name}").restype = None
     return kernels
 

@@ -11,16 +11,18 @@ from ctypes import Structure, c_double, c_int64, c_void_p
 import numpy as np
 import torch
 
+from runtime import core
 from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch, Segment
 from runtime.model.kv_cache import CacheMaker, KVCache
 from runtime.model.layers import LayerWeights, VocabParallelEmbedding
 from runtime.model.native.build import available, library
 from runtime.model.rotary import Rotary
-from runtime.model.sampler import Logits, TokenChooser
+from runtime.model.sampler import Logits, Sampled, TokenChooser
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
-from runtime.retention import Bools, Ints
+from runtime.retention import Ints
+from runtime.step import Int32
 
 LANES, PANEL = 16, 32
 BLOCK = PANEL
@@ -118,6 +120,9 @@ class NativeDecoder(CacheMaker, TokenChooser):
         """What the model's pointers point to."""
         packed = [self._layer(weights) for weights in layers]
         self._layers = (_Layer * len(packed))(*packed)
+        first = self._layers[0]
+        matrices = first.qkv, first.output, first.gate_up, first.down
+        self._words_per_layer = sum(matrix.panels * matrix.depth for matrix in matrices) * PANEL
         self._width = -(-spec.hidden_size // PANEL) * PANEL
         """D, padded."""
         self._model = _Model(
@@ -132,6 +137,8 @@ class NativeDecoder(CacheMaker, TokenChooser):
             norm=self._vector(norm),
             head=self._matrix(head),
         )
+        self._model_address = ctypes.addressof(self._model)
+        self._scratch = torch.empty(0, dtype=torch.uint8)
 
     @torch.inference_mode()
     def forward(self, batch: RowBatch, caches: Sequence[KVCache]) -> torch.Tensor:
@@ -140,26 +147,58 @@ class NativeDecoder(CacheMaker, TokenChooser):
         `caches`: one per group of layers, as `make_caches` gives them.
         """
         num_rows = batch.num_rows
-        hidden = torch.zeros(2, num_rows, self._width)
-        residual, partial = hidden
-        residual[:, : self.spec.hidden_size] = self.embedding(batch.tokens)
-        turns = self.rotary.turns(batch.positions, batch.rope_lengths)
+        residual = self._embedded(batch.tokens)
+        partial = torch.zeros_like(residual)
+        query_turns, key_turns = self._turned(batch.positions, batch.rope_lengths)
         places = _Places(self, batch, caches)
-        factors = _factors(turns * self.spec.head_dim**-0.5), _factors(turns)
-        scratch = torch.empty(self._kernels.outrider_scratch(ctypes.byref(self._model), num_rows), dtype=torch.uint8)
+        size = self._kernels.outrider_scratch(self._model_address, num_rows)
+        if size > len(self._scratch):
+            self._scratch = torch.empty(size, dtype=torch.uint8)
         step = _Step(
             num_rows,
             len(batch.segments),
             self._num_threads(num_rows),
             places.array,
-            *(tensor.data_ptr() for tensor in (*factors, residual, partial, scratch)),
+            *(tensor.data_ptr() for tensor in (query_turns, key_turns, residual, partial, self._scratch)),
         )
         num_halves = 2 * len(self._layers)
         at_once = num_halves if self.mesh.tp == 1 else 1  # between half layers the ranks' parts are added up
         for half in range(0, num_halves, at_once):
-            self._kernels.outrider_forward(ctypes.byref(self._model), ctypes.byref(step), half, half + at_once)
-            self.mesh.all_reduce(partial)
+            self._kernels.outrider_forward(self._model_address, ctypes.byref(step), half, half + at_once)
+            if self.mesh.tp > 1:
+                self.mesh.all_reduce(partial)
         return residual.add_(partial)[:, : self.spec.hidden_size]
+
+    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Vectors of these tokens, zeros behind them. float32 [T, D padded]"""
+        residual = torch.empty(len(tokens), self._width)
+        table, first, count = self.embedding.table, self.embedding.start, self.embedding.count
+        self._kernels.outrider_embed(
+            self._model_address, table.data_ptr(), first, count, tokens.data_ptr(), len(tokens), residual.data_ptr()
+        )
+        return self.mesh.all_reduce(residual) if self.mesh.tp > 1 else residual
+
+    def _turned(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotation factors of queries, the scores' scale included, and of keys, float32 [T, d] each."""
+        rope, scale = self.rotary.rope, self.spec.head_dim**-0.5
+        if rope.dynamic is not None:
+            turns = self.rotary.turns(positions, lengths)
+            return _factors(turns * scale), _factors(turns)
+        factors = torch.empty(2, len(positions), self.spec.head_dim)
+        frequencies = self.rotary.inv_freq
+        given = frequencies.data_ptr(), len(frequencies), rope.attention_scaling, scale, positions.data_ptr()
+        self._kernels.outrider_turns(*given, len(positions), factors.data_ptr())
+        query_turns, key_turns = factors
+        return query_turns, key_turns
+
+    def choose(self, hidden: torch.Tensor, wanted: Ints, top_k: int, sampled: Sampled | None = None) -> Int32:
+        """As TokenChooser.choose."""
+        if sampled is not None or self.mesh.tp > 1:
+            return super().choose(hidden, wanted, top_k, sampled)
+        results = np.empty((len(wanted), 1 + top_k), np.int32)
+        given = len(wanted), hidden.data_ptr(), hidden.stride(0), wanted.ctypes.data, top_k, results.ctypes.data
+        self._kernels.outrider_choose(self._model_address, *given, self._num_threads(len(wanted)))
+        return results
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -174,7 +213,7 @@ class NativeDecoder(CacheMaker, TokenChooser):
         rows[:, : self.spec.hidden_size] = hidden
         logits = torch.empty(num_rows if keep_all else 0, head.panels * PANEL)
         largest = torch.empty(num_rows, head.panels + LANES)
-        model = ctypes.byref(self._model)
+        model = self._model_address
         scratch = torch.empty(self._kernels.outrider_head_scratch(model, num_rows), dtype=torch.uint8)
         values, wholes = torch.empty(num_rows, k), torch.empty(num_rows)
         places = torch.empty(num_rows, k, dtype=torch.int64)
@@ -184,9 +223,7 @@ class NativeDecoder(CacheMaker, TokenChooser):
         return NativeLogits(logits[:, : self._model.vocabulary], values, places, wholes)
 
     def _num_threads(self, num_rows: int) -> int:
-        layer = self._layers[0]
-        words = sum(m.panels * m.depth for m in (layer.qkv, layer.output, layer.gate_up, layer.down)) * PANEL
-        return min(torch.get_num_threads(), 1 + words * num_rows // WORDS_PER_THREAD)
+        return min(torch.get_num_threads(), 1 + self._words_per_layer * num_rows // WORDS_PER_THREAD)
 
     def _layer(self, weights: LayerWeights) -> _Layer:
         gate, up = (_padded(half, LANES).unflatten(0, (-1, LANES)) for half in weights.gate_up.chunk(2))
@@ -282,49 +319,14 @@ class _Places:
         if found.num_anchors:
             slots = torch.from_numpy(retained.slots(segment.positions))
             lengths = self.batch.rope_lengths[segment.start : segment.stop]
-            turns = self.decoder.rotary.turns(slots, lengths) * self.decoder.spec.head_dim**-0.5
-            self.alive.append(factors := _factors(turns))
+            factors, _ = self.decoder._turned(slots, lengths)
+            self.alive.append(factors)
             found.anchor_turns = factors.data_ptr()
-        self._show(found, segment, retained.positions, segment.sees(retained, window))
+        keys = core.Keys(retained, segment.positions, segment.tokens, segment.parents, window, BLOCK)
+        self.alive.append(keys)
+        found.columns, found.tails, found.sees = keys.addresses()
+        found.num_columns, found.num_tail, found.first_in_tails = keys.num_columns, keys.num_tail, keys.num_shared
         return found
-
-    def _show(self, found: _Segment, segment: Segment, stored: Ints, sees: Bools | None) -> None:
-        """Put the keys into columns. `stored` [n]: their positions. `sees` [t, n + t] what the rows see, None: all."""
-        count, own = found.count, segment.positions
-        chained = segment.ancestors.sum(axis=1) == np.arange(1, count + 1)
-        num_chained = int(chained.argmin()) if not chained.all() else count  # rows that follow one another, the first
-        positions = np.concatenate([stored, own])
-        num_shared = found.num_stored + num_chained
-        if num_chained < count:
-            assert sees is not None
-            tail_start = int(own[num_chained:].min()) // BLOCK * BLOCK
-            num_shared = int(np.searchsorted(positions[:num_shared], tail_start))
-            rows, members = sees[:, num_shared:].nonzero()
-            members += num_shared
-            places = positions[members] - tail_start
-            tails = np.full((count, -(-int(places.max() + 1) // BLOCK) * BLOCK), -1)
-            tails[rows, places] = members
-            found.tails, found.num_tail, found.first_in_tails = self._address(tails), tails.shape[1], num_shared
-        columns = _by_position(positions[:num_shared])
-        found.columns, found.num_columns = self._address(columns), len(columns)
-        if sees is None:
-            return
-        up_to_itself = np.arange(num_shared) <= found.num_stored + np.arange(count)[:, None]
-        if not np.array_equal(sees[:, :num_shared], up_to_itself):
-            found.sees = self._address(sees[:, columns])
-
-    def _address(self, array: np.ndarray) -> int:
-        self.alive.append(array := np.ascontiguousarray(array))
-        return array.ctypes.data
-
-
-def _by_position(positions: Ints) -> Ints:
-    """Columns for keys at these positions, ascending: the index of each, -1 where there is none. [C]"""
-    blocks = positions // BLOCK
-    order = np.cumsum(np.diff(blocks, prepend=blocks[:1]) > 0)  # blocks without a key are left out
-    columns = np.full((order[-1] + 1) * BLOCK if len(order) else 0, -1)
-    columns[order * BLOCK + positions % BLOCK] = np.arange(len(positions))
-    return columns
 
 
 def _factors(turns: torch.Tensor) -> torch.Tensor:

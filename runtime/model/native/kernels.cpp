@@ -13,6 +13,7 @@
 //
 // Letters: T rows, D hidden size, H query heads, K KV heads, G = H / K, d head size, E the type of weights and cache.
 
+#include <bit>
 #include <utility>
 
 #include "attention.h"
@@ -184,6 +185,10 @@ float find_top(const std::vector<Kept>& kept, int64_t row, float* largest, int64
 
 }  // namespace
 
+// Of runtime/step.py
+constexpr int32_t NO_TOKEN = -2;
+constexpr int TOP_BITS = 8;
+
 extern "C" {
 
 // What multiplies here
@@ -230,6 +235,63 @@ void outrider_search(const Model* model, int64_t rows, float* hidden, void* scra
         const Range range = share(k ? rows : 0);
         for (int64_t row = range.start; row < range.stop; ++row)
             wholes[row] = find_top(kept, row, largest + row * round_up(panels, LANES), panels, k, values + row * k, places + row * k);
+    }
+}
+
+// Of `wanted` rows of hidden states, `stride` apart, what runtime.model.sampler says of rows that choose greedily where the
+// vocabulary is whole: the token, or NOT_A_NUMBER, and the k likeliest, packed. results [rows, 1 + k]
+void outrider_choose(const Model* model, int64_t rows, const float* hidden, int64_t stride, const int64_t* wanted, int64_t k,
+                     int32_t* results, int64_t threads) {
+    const int64_t width = round_up(model->hidden, PANEL), found = std::max<int64_t>(k, 1);
+    std::vector<float> states(rows * width), largest(rows * round_up(model->head.panels, LANES)), values(rows * found), wholes(rows);
+    std::vector<int64_t> places(rows * found);
+    std::vector<char> scratch(outrider_head_scratch(model, rows) + 64);
+    for (int64_t row = 0; row < rows; ++row) std::copy_n(hidden + wanted[row] * stride, model->hidden, &states[row * width]);
+    void* aligned = (void*)round_up((int64_t)scratch.data(), 64);
+    outrider_search(model, rows, states.data(), aligned, nullptr, largest.data(), found, values.data(), places.data(),
+                    wholes.data(), threads);
+    for (int64_t row = 0; row < rows; ++row) {
+        const float* value = &values[row * found];
+        int32_t* result = results + row * (1 + k);
+        result[0] = std::isfinite(*value) ? (int32_t)places[row * found] : NO_TOKEN;
+        for (int64_t i = 0; i < k && result[0] >= 0; ++i) {
+            const float sixteenths = std::nearbyint((wholes[row] - value[i]) * 16);
+            result[1 + i] = (int32_t)places[row * found + i] << TOP_BITS | (int32_t)std::clamp(sixteenths, 0.f, 255.f);
+        }
+    }
+}
+
+// What rows at these positions are rotated by, as Rotary.turns says: factors [2, rows, 2 * half], for queries times `scale`
+// and for keys. One at a time, so that a row's do not depend on which others there are.
+void outrider_turns(const double* frequencies, int64_t half, double scaling, double scale, const int64_t* positions,
+                    int64_t rows, float* factors) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t i = 0; i < half; ++i) {
+            const double angle = (double)positions[row] * frequencies[i];
+            const double turn[2] = {scaling * std::cos(angle), scaling * std::sin(angle)};
+            for (int64_t part = 0; part < 2; ++part) {
+                float* to = factors + (row * half + i) * 2 + part;
+                to[0] = (float)(turn[part] * scale);
+                to[rows * half * 2] = (float)turn[part];
+            }
+        }
+}
+
+// Token vectors of this shard's part of the vocabulary, `count` from id `first` on, to residual [rows, D padded to 32]
+void outrider_embed(const Model* model, const void* table, int64_t first, int64_t count, const int64_t* tokens, int64_t rows,
+                    float* residual) {
+    const int64_t width = round_up(model->hidden, PANEL);
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t token = tokens[row] - first;
+        float* to = residual + row * width;
+        std::fill_n(to, width, 0.f);
+        if (token < 0 || token >= count) continue;
+        if (!model->is_bfloat16) {
+            std::copy_n((const float*)table + token * model->hidden, model->hidden, to);
+            continue;
+        }
+        const BF16* from = (const BF16*)table + token * model->hidden;
+        for (int64_t i = 0; i < model->hidden; ++i) to[i] = std::bit_cast<float>((uint32_t)from[i] << 16);
     }
 }
 

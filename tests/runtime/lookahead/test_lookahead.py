@@ -8,8 +8,8 @@ import random
 import numpy as np
 import pytest
 
-from runtime.config import LookaheadConfig, SamplingParams
 from runtime import core
+from runtime.config import LookaheadConfig, SamplingParams
 from runtime.core import (
     BIAS,
     RUN,
