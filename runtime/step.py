@@ -7,6 +7,8 @@ chunks, the lookahead window and the candidate tree are all such rows (see looka
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -19,6 +21,9 @@ Int32 = NDArray[np.int32]
 TOP_BITS = 8
 """Low bits of a packed likeliest token: its log-probability, in sixteenths of a nat below zero, at most 255 of them."""
 
+
+MOST_TOP_K = 16
+"""Likeliest tokens that a row can be asked for."""
 
 NOT_A_NUMBER = -2
 """In a token's place: the row's largest logit is NaN or infinite, so the model has none to give."""
@@ -125,37 +130,50 @@ class WireLayout:
     max_sequences: int
 
     HEADER = 6  # rows, sequences, commits, resets, top_k, stop
+    RESULT_HEADER = 1
+    """Words before the rows in a replica's result: the step's microseconds on this worker."""
 
     @property
     def length(self) -> int:
         """int32 words of a plan's buffer."""
-        return self.HEADER + self.max_rows * (len(Row) + len(Commit)) + self.max_sequences * (len(Seq) + 1)
+        start, room = self._regions[-1]
+        return start + room
+
+    @property
+    def result_length(self) -> int:
+        """int32 words of the longest result."""
+        return self.RESULT_HEADER + self.max_rows * (1 + MOST_TOP_K)
+
+    def result_words(self, plan: StepPlan, lp: int) -> int:
+        """int32 words of a replica's result; as many on each, since a gather wants equal parts."""
+        return self.RESULT_HEADER + plan.most_local_rows(lp) * (1 + plan.top_k)
 
     def encode(self, plan: StepPlan, buffer: Int32) -> None:
         """Write `plan` into `buffer` [length]. Asserts that it fits."""
+        assert plan.top_k <= MOST_TOP_K, f"{plan.top_k} likeliest tokens do not fit a result"
         parts = (plan.rows, plan.sequences, plan.commits, plan.resets)
-        buffer[: self.HEADER] = [*(len(part) for part in parts), plan.top_k, plan.stop]
-        for part, (start, room) in zip(parts, self._regions(), strict=True):
+        buffer[: self.HEADER] = (*map(len, parts), plan.top_k, plan.stop)
+        for part, (start, room) in zip(parts, self._regions, strict=True):
             assert part.size <= room, f"{len(part)} lines do not fit the wire layout"
-            buffer[start : start + part.size] = part.ravel()
+            if part.size:
+                buffer[start : start + part.size] = part.ravel()
 
     def decode(self, buffer: Int32) -> StepPlan:
         """The plan in `buffer`; its arrays are copies."""
-        *lengths, top_k, stop = (int(word) for word in buffer[: self.HEADER])
-        widths = (len(Row), len(Seq), len(Commit), 1)
+        *lengths, top_k, stop = buffer[: self.HEADER].tolist()
         rows, sequences, commits, resets = (
             buffer[start : start + length * width].reshape(length, width).copy()
-            for (start, _), length, width in zip(self._regions(), lengths, widths, strict=True)
+            for (start, _), length, width in zip(self._regions, lengths, _WIDTHS, strict=True)
         )
         return StepPlan(rows, sequences, commits, resets.ravel(), top_k, bool(stop))
 
+    @functools.cached_property
     def _regions(self) -> list[tuple[int, int]]:
         """(start, words) of rows, sequences, commits and resets."""
-        sizes = (
-            self.max_rows * len(Row),
-            self.max_sequences * len(Seq),
-            self.max_rows * len(Commit),
-            self.max_sequences,
-        )
-        starts = np.cumsum([self.HEADER, *sizes[:-1]])
-        return [(int(start), size) for start, size in zip(starts, sizes, strict=True)]
+        lines = self.max_rows, self.max_sequences, self.max_rows, self.max_sequences
+        sizes = [count * width for count, width in zip(lines, _WIDTHS, strict=True)]
+        starts = itertools.accumulate([self.HEADER, *sizes[:-1]])
+        return list(zip(starts, sizes, strict=True))
+
+
+_WIDTHS = len(Row), len(Seq), len(Commit), 1

@@ -15,8 +15,8 @@ from benchmarks.speed.report import PHASES
 from runtime.config import LookaheadConfig, SamplingParams
 from runtime.core import partition
 from runtime.engine.engine import Engine
-from runtime.step import Commit, Row, StepPlan, StepResult
-from runtime.workers.worker import result_words, wire_layout
+from runtime.step import Commit, Row, StepPlan, StepResult, WireLayout
+from runtime.workers.worker import wire_layout
 
 LP_SIZES = (2, 4, 8)
 """Replicas for which one worker's steps are also cut, to know the largest part there."""
@@ -28,6 +28,7 @@ class Recorder:
 
     executor: Any
     lp: int
+    layout: WireLayout
     parents: list[np.ndarray] = field(default_factory=list)
     replica_rows: list[np.ndarray] = field(default_factory=list)
     """Per step, rows of each replica."""
@@ -40,7 +41,7 @@ class Recorder:
             self.parents.append(plan.rows[:, Row.PARENT].copy())
             self.replica_rows.append(np.array([len(plan.local_rows(replica)) for replica in range(self.lp)]))
             self.commit_rows.append(int((plan.commits[:, Commit.SOURCE] >= 0).sum()))
-            self.result_words.append(result_words(plan, self.lp))
+            self.result_words.append(self.layout.result_words(plan, self.lp))
         return self.executor.execute(plan)
 
     def __getattr__(self, name: str) -> Any:
@@ -49,7 +50,7 @@ class Recorder:
     @classmethod
     def on(cls, engine: Engine) -> Recorder:
         """Put one into `engine`, where EngineStats has no such counters."""
-        recorder = cls(engine.executor, engine.config.parallel.lp)
+        recorder = cls(engine.executor, engine.config.parallel.lp, wire_layout(engine.config))
         engine.executor = recorder  # type: ignore[assignment]
         return recorder
 

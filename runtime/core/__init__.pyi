@@ -327,6 +327,9 @@ class Share:
         Per slot: itself, the replica to copy from (-1: none), the rows that the slot staged, and their tokens.
         """
 
+def merge(rows: Int32, results: Sequence[Int32], width: int) -> Int32:
+    """What the owner of each row found for it, given every replica's results, line by line. [T, width]"""
+
 def ancestry(parents: NDArray[np.integer]) -> Bools:
     """[t, t]: row i has row j as an ancestor, or is row j. Parents come before their children, else ValueError; -1 is
     none."""

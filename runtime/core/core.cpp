@@ -260,6 +260,16 @@ void bind_plan(py::module_& module) {
     module.def("assemble", &assembled, py::arg("parts"), py::arg("num_replicas"));
     module.def("commit_lines", &commit_lines, py::arg("rows"), py::arg("start"), py::arg("accepted"), py::arg("num_replicas"));
     module.def(
+        "merge",
+        [](const Int32s& rows, const std::vector<Int32s>& results, int width) {
+            std::vector<const int32_t*> starts;
+            for (const Int32s& result : results) starts.push_back(result.data());
+            Int32s merged({rows.shape(0), py::ssize_t{width}});
+            merge(span_of(rows), starts, width, merged.mutable_data());
+            return merged;
+        },
+        py::arg("rows"), py::arg("results"), py::arg("width"));
+    module.def(
         "ancestry",
         [](const Int32s& parents) { return flags(ancestry(span_of(parents)), {parents.size(), parents.size()}); },
         py::arg("parents"));

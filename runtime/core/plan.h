@@ -50,6 +50,19 @@ inline void assemble(const std::vector<Part>& parts, int num_replicas, int32_t* 
     }
 }
 
+// What the owner of each row found for it, of every replica's results [its rows, width]. [T, width]
+inline void merge(std::span<const int32_t> rows, const std::vector<const int32_t*>& results, int width, int32_t* merged) {
+    std::vector<int> done(results.size());
+    for (size_t start = 0; start < rows.size(); start += ROW_COLUMNS, merged += width) {
+        const int32_t* line = &rows[start];
+        for (size_t replica = 0; replica < results.size(); ++replica) {
+            if (!(line[REPLICAS] >> replica & 1)) continue;
+            const int32_t* from = results[replica] + done[replica]++ * width;
+            if (line[OWNER] == static_cast<int>(replica)) std::copy_n(from, width, merged);
+        }
+    }
+}
+
 // The rows of a step that one replica runs, as its decoder wants them. Indices count the replica's own rows.
 class Share {
    public:

@@ -2,16 +2,52 @@
 
 #include <atomic>
 #include <chrono>
+#include <climits>
 #include <cstdint>
 
 #include <sched.h>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 struct Meeting {
     alignas(64) std::atomic<uint32_t> arrived;
     alignas(64) std::atomic<uint32_t> number;  // of meetings that are over
 };
 
+using Word = std::atomic<uint32_t>;
+static_assert(sizeof(Word) == 4 && Word::is_always_lock_free);
+
 extern "C" {
+
+// Give a word that others wait for a value.
+void word_set(Word* word, uint32_t value) {
+    word->store(value, std::memory_order_release);
+#if defined(__linux__)
+    syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+#endif
+}
+
+// Wait until a word has another value than `old`: looking at it so many times, then asleep, so long at most. Returns whether
+// it has.
+int64_t word_wait(Word* word, uint32_t old, int64_t looks, int64_t microseconds) {
+    for (int64_t look = 0; look < looks; ++look) {
+        if (word->load(std::memory_order_acquire) != old) return 1;
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+#if defined(__linux__)
+    const timespec patience{microseconds / 1000000, microseconds % 1000000 * 1000};
+    syscall(SYS_futex, word, FUTEX_WAIT, old, &patience, nullptr, 0);
+#else
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(microseconds);
+    while (word->load(std::memory_order_acquire) == old && std::chrono::steady_clock::now() < deadline) sched_yield();
+#endif
+    return word->load(std::memory_order_acquire) != old;
+}
 
 void meeting_arrive(Meeting* meeting, int64_t ranks) {
     if (meeting->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < ranks) return;

@@ -1,6 +1,6 @@
 """The lp x tp mesh of worker ranks and the collectives it needs; at size 1 they do nothing.
 
-Ranks: the coordinator is rank 0 of the control group and stands outside the mesh; worker w is
+Ranks: the coordinator is rank 0 of the control plane and stands outside the mesh; worker w is
 control rank w + 1, with w = replica * tp + shard.
 """
 
@@ -12,9 +12,11 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from runtime.mesh import shared_memory
+from runtime.mesh import control, shared_memory
+from runtime.mesh.control import Control
 from runtime.mesh.group import LOOPBACK, Group
 from runtime.mesh.shared_memory import SharedMemory
+from runtime.step import WireLayout
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Mesh:
     """The ranks with this shard index in every replica; their group ranks are the replica numbers."""
     shared_memory: SharedMemory | None = None
     """The TP group's ranks, where all are on the CPUs of one machine."""
+    replicas_memory: SharedMemory | None = None
+    """The same of the LP group's."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the TP group, in place."""
@@ -48,6 +52,8 @@ class Mesh:
 
     def broadcast_from_replica(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """Overwrite `tensor` with the copy of replica `source`, over the LP group, in place."""
+        if self.replicas_memory is not None:
+            return self.replicas_memory.broadcast(tensor, source)
         return tensor if self.lp_group is None else self.lp_group.broadcast(tensor, source)
 
     def close(self) -> None:
@@ -55,24 +61,13 @@ class Mesh:
         _close(self.tp_group, self.lp_group)
 
 
-@dataclass(frozen=True)
-class ControlGroup:
-    """Coordinator and workers: the plan goes out to all, results come back from shard 0 of each replica."""
+def join(
+    rank: int, lp: int, tp: int, device: torch.device, store: dist.Store, layout: WireLayout
+) -> tuple[Control, Mesh | None]:
+    """Join the control plane as `rank`, meeting at `store`, and build this rank's groups, in one order on all ranks.
 
-    plan_group: Group
-    result_group: Group | None
-    """Coordinator and the first shard of each replica; None on the other ranks."""
-
-    def close(self) -> None:
-        """Leave the groups. Idempotent."""
-        _close(self.plan_group, self.result_group)
-
-
-def join(rank: int, lp: int, tp: int, device: torch.device, store: dist.Store) -> tuple[ControlGroup, Mesh | None]:
-    """Join the control group as `rank`, meeting at `store`, and build this rank's groups, in one order on all ranks.
-
-    Control collectives use gloo on CPU tensors; the mesh uses NCCL on CUDA devices, else gloo, or shared memory within
-    one machine. Where the store is on the loopback, so are gloo's connections, whatever the host's name resolves to.
+    The mesh uses NCCL on CUDA devices, else gloo, or shared memory within one machine. Where the store is on the
+    loopback, so are gloo's connections, whatever the host's name resolves to.
     Returns the mesh too, except on the coordinator (rank 0).
     """
     address = LOOPBACK if isinstance(store, dist.TCPStore) and store.host == LOOPBACK else None
@@ -88,16 +83,19 @@ def join(rank: int, lp: int, tp: int, device: torch.device, store: dist.Store) -
     cpu = torch.device("cpu")
     plan_group = group("plan", list(range(1 + lp * tp)), cpu)
     assert plan_group is not None
-    control = ControlGroup(plan_group, group("result", [0] + [1 + r * tp for r in range(lp)], cpu))
+    result_group = group("result", [0] + [1 + r * tp for r in range(lp)], cpu)
+    plane = control.join(store, plan_group, result_group, lp, tp, layout.length, layout.result_length)
     if rank == 0:
-        return control, None
+        return plane, None
     replica, shard = divmod(rank - 1, tp)
     tp_group = group(f"tp/{replica}", [1 + replica * tp + s for s in range(tp)], device)
     lp_group = group(f"lp/{shard}", [1 + r * tp + shard for r in range(lp)], device)
-    memory = None
+    memory = replicas_memory = None
     if tp_group is not None and device.type == "cpu":
         memory = shared_memory.join(store, f"shared-memory/{replica}", tp_group)
-    return control, Mesh(lp, tp, replica, shard, device, tp_group, lp_group, memory)
+    if lp_group is not None and device.type == "cpu":
+        replicas_memory = shared_memory.join(store, f"shared-memory/replicas/{shard}", lp_group)
+    return plane, Mesh(lp, tp, replica, shard, device, tp_group, lp_group, memory, replicas_memory)
 
 
 def _close(*groups: Group | None) -> None:

@@ -73,6 +73,17 @@ class SharedMemory:
                 ctypes.memmove(view.data_ptr() + start, areas + rank * AREA, piece.nbytes)
         return found
 
+    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """Overwrite `tensor` with that of rank `source`, in place. Raises WorkerError if one has died."""
+        own = tensor.contiguous()
+        view = own.view(-1).view(torch.uint8)
+        for start in range(0, own.nbytes, AREA):
+            piece = view[start : start + AREA]
+            areas = self._exchange(piece if self.rank == source else piece[:0])
+            if self.rank != source:
+                ctypes.memmove(piece.data_ptr(), areas + source * AREA, piece.nbytes)
+        return tensor if own is tensor else tensor.copy_(own)
+
     def _exchange(self, piece: torch.Tensor) -> int:
         """Meet with what each rank gives in its area; returns where the first area is.
 
@@ -91,13 +102,18 @@ class SharedMemory:
 
     def _check_others(self) -> None:
         for rank in range(self.num_ranks):
-            if rank == self.rank:
-                continue
-            try:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
-            except OSError:
-                continue
-            raise WorkerError(f"shard {rank} of this replica has died")
+            if rank != self.rank and not is_alive(self._file, rank):
+                raise WorkerError(f"rank {rank} of {self.num_ranks} that share memory has died")
+
+
+def is_alive(file: int, rank: int) -> bool:
+    """Whether the process that is this rank holds its lock. Not for one's own rank."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+    except OSError:
+        return True
+    fcntl.lockf(file, fcntl.LOCK_UN, 1, rank)
+    return False
 
 
 @functools.cache
@@ -112,6 +128,9 @@ def library() -> ctypes.CDLL:
     meeting.meeting_arrive.argtypes, meeting.meeting_arrive.restype = [pointer, count], None
     meeting.meeting_is_over.argtypes, meeting.meeting_is_over.restype = [pointer, count, count], count
     meeting.meeting_sum.argtypes, meeting.meeting_sum.restype = [pointer, count, count, pointer, count], None
+    word = ctypes.c_uint32
+    meeting.word_set.argtypes, meeting.word_set.restype = [pointer, word], None
+    meeting.word_wait.argtypes, meeting.word_wait.restype = [pointer, word, count, count], count
     return meeting
 
 
@@ -125,13 +144,21 @@ def join(store: dist.Store, name: str, group: Group) -> SharedMemory | None:
 
     `name` is the group's own in the store.
     """
-    rank, num_ranks = group.rank, group.size
+    file = shared_file(store, name, group, size(group.size))
+    memory = SharedMemory(file, group.rank, group.size) if file is not None else None
+    group.barrier()  # nobody looks for a dead one before all are there
+    return memory
+
+
+def shared_file(store: dist.Store, name: str, group: Group, num_bytes: int) -> int | None:
+    """A file in memory, of so many bytes, all zeros but the one before HEADER, open on all ranks of the group; None on
+    all of them where one cannot have it, or cannot compile."""
     path, file = "", -1
-    if rank == 0:
+    if group.rank == 0:
         folder = Path("/dev/shm")
         with contextlib.suppress(OSError):
             file, path = tempfile.mkstemp(prefix="outrider-", dir=folder if folder.is_dir() else None)
-            os.posix_fallocate(file, 0, size(num_ranks))
+            os.posix_fallocate(file, 0, num_bytes)
             os.pwrite(file, b"\1", HEADER - 1)  # all is there; who opens another file of this name does not find it
         store.set(name, path)
     else:
@@ -140,13 +167,11 @@ def join(store: dist.Store, name: str, group: Group) -> SharedMemory | None:
     found = False
     with contextlib.suppress(BuildError, OSError):
         library()
-        found = os.fstat(file).st_size == size(num_ranks) and os.pread(file, 1, HEADER - 1) == b"\1"
+        found = os.fstat(file).st_size == num_bytes and os.pread(file, 1, HEADER - 1) == b"\1"
     agreed = torch.tensor([int(found)])
     group.all_reduce(agreed, dist.ReduceOp.MIN)
-    memory = SharedMemory(file, rank, num_ranks) if agreed.item() else None
-    group.barrier()  # nobody looks for a dead one before all are there
     if path:
         os.unlink(path)
-    if memory is None and file >= 0:
+    if not agreed.item() and file >= 0:
         os.close(file)
-    return memory
+    return file if agreed.item() else None

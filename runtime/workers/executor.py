@@ -11,14 +11,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from runtime import core
 from runtime.config import Config
 from runtime.errors import WorkerError
 from runtime.mesh import mesh
+from runtime.mesh.control import Control
 from runtime.mesh.device import pick_device
 from runtime.mesh.group import COLLECTIVE_TIMEOUT_S
 from runtime.model.spec import ModelSpec
-from runtime.step import Row, StepPlan, StepResult, WireLayout
-from runtime.workers.worker import RESULT_HEADER, DecoderMaker, Worker, alive_key, result_words, wire_layout
+from runtime.step import StepPlan, StepResult, WireLayout
+from runtime.workers.worker import DecoderMaker, Worker, alive_key, wire_layout
 
 LAST_WORDS_S = 1.0
 """How long a worker whose connections have ended may take to say why."""
@@ -68,13 +70,12 @@ class LocalExecutor:
 
 
 class MeshExecutor:
-    """The coordinator's end of the control group: a step is one broadcast and one gather."""
+    """The coordinator's end of the control plane: a plan goes out, and every replica's result comes back."""
 
     def __init__(self, config: Config, spec: ModelSpec, pool: WorkerPool) -> None:
         self._config, self._pool = config, pool
         self._layout: WireLayout = wire_layout(config)
-        self._plan = torch.zeros(self._layout.length, dtype=torch.int32)
-        self._control: mesh.ControlGroup | None = None
+        self._control: Control | None = None
         self._process = os.getpid()
         self._closed = False
         try:
@@ -84,11 +85,12 @@ class MeshExecutor:
             self.close()
             raise
 
-    def _form_mesh(self, spec: ModelSpec) -> mesh.ControlGroup:
+    def _form_mesh(self, spec: ModelSpec) -> Control:
         """Start the workers, wait until each has reached the store, then build the groups."""
         timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
         parallel = self._config.parallel
-        store = dist.TCPStore(self._pool.host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        # Kept: NCCL's ranks meet there when they first have something to send each other.
+        store = self._store = dist.TCPStore(self._pool.host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
         self._pool.start(self._config, spec, self._pool.host, store.port)
         waiting = [alive_key(rank) for rank in range(1, 1 + parallel.num_workers)]
         deadline = time.monotonic() + COLLECTIVE_TIMEOUT_S
@@ -99,29 +101,27 @@ class MeshExecutor:
                 raise WorkerError(f"{len(waiting)} of {parallel.num_workers} workers did not start in time")
             waiting = [key for key in waiting if not store.check([key])]
             time.sleep(0.02)
-        control, _ = mesh.join(0, parallel.lp, parallel.tp, torch.device("cpu"), store)
+        control, _ = mesh.join(0, parallel.lp, parallel.tp, torch.device("cpu"), store, self._layout)
         return control
 
     def execute(self, plan: StepPlan) -> StepResult:
         if self._control is None or os.getpid() != self._process:
             raise WorkerError("the workers have been ended, or belong to the process that this one was forked from")
         started = time.perf_counter()
-        self._layout.encode(plan, self._plan.numpy())
-        words = result_words(plan, self._config.parallel.lp)
-        results = [torch.zeros(words, dtype=torch.int32) for _ in range(1 + self._config.parallel.lp)]
         try:
-            self._control.plan_group.broadcast(self._plan, source=0)
+            self._layout.encode(plan, self._control.outgoing())
+            self._control.send()
             sent = time.perf_counter()
             if plan.stop:
                 return StepResult(np.empty(0, np.int32), np.empty((0, 0), np.int32), {})
-            assert self._control.result_group is not None
-            self._control.result_group.gather(results[0], results)
-        except RuntimeError as error:
+            results = self._control.collect(self._layout.result_words(plan, self._config.parallel.lp))
+        except (RuntimeError, WorkerError) as error:
             raise WorkerError(f"a step failed: {self._why() or error}") from error
         received = time.perf_counter()
-        forward = max(int(result[0]) for result in results[1:]) * 1e-6
+        forward = max(int(result[0]) for result in results) * 1e-6
         seconds = {"broadcast": sent - started, "forward": forward, "gather": max(received - sent - forward, 0.0)}
-        chosen = _merged(plan, [result.numpy()[RESULT_HEADER:] for result in results[1:]])
+        found = [result[self._layout.RESULT_HEADER :] for result in results]
+        chosen = core.merge(plan.rows, found, 1 + plan.top_k)
         return StepResult(chosen[:, 0], chosen[:, 1:], seconds)
 
     def _why(self) -> str | None:
@@ -145,14 +145,3 @@ class MeshExecutor:
             if self._control is not None:
                 self._control.close()
                 self._control = None
-
-
-def _merged(plan: StepPlan, results: list[np.ndarray]) -> np.ndarray:
-    """What the owner of each row found for it, from every replica's result. [T, 1 + top_k]"""
-    chosen = np.zeros((plan.num_rows, 1 + plan.top_k), np.int32)
-    owner = plan.rows[:, Row.OWNER]
-    for replica, result in enumerate(results):
-        local = plan.local_rows(replica)
-        own = owner[local] == replica
-        chosen[local[own]] = result[: len(local) * chosen.shape[1]].reshape(-1, chosen.shape[1])[own]
-    return chosen

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from runtime.config import Config
 from runtime.core import Share
 from runtime.mesh import mesh as meshes
+from runtime.mesh.control import Control
 from runtime.mesh.device import pick_device
 from runtime.mesh.group import COLLECTIVE_TIMEOUT_S
 from runtime.mesh.mesh import Mesh
@@ -35,9 +36,6 @@ DecoderMaker = Callable[[Config, ModelSpec, Mesh], Any]
 MIN_ROWS = 2
 """On torch's kernels a step with a single row runs it twice: those for one row differ from those for more, and
 lookahead on and off must not differ (see runtime.model.layers.Linear)."""
-
-RESULT_HEADER = 1
-"""Words before the rows in a result: the step's microseconds on this worker."""
 
 
 class Worker:
@@ -127,34 +125,28 @@ def serve(
     device = pick_device(config, (rank - 1) % max(torch.cuda.device_count(), 1))
     store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
     store.set(alive_key(rank), "")
-    control, mesh = meshes.join(rank, parallel.lp, parallel.tp, device, store)
+    layout = wire_layout(config)
+    control, mesh = meshes.join(rank, parallel.lp, parallel.tp, device, store, layout)
     assert mesh is not None
     try:
-        _loop(Worker(config, spec, mesh, make_decoder), control, wire_layout(config))
+        _loop(Worker(config, spec, mesh, make_decoder), control, layout)
     finally:  # a peer that waits for this rank learns at once that it has gone
         mesh.close()
         control.close()
 
 
-def _loop(worker: Worker, control: meshes.ControlGroup, layout: WireLayout) -> None:
-    buffer = torch.zeros(layout.length, dtype=torch.int32)
+def _loop(worker: Worker, control: Control, layout: WireLayout) -> None:
     while True:
-        control.plan_group.broadcast(buffer, source=0)
-        plan = layout.decode(buffer.numpy())
+        plan = layout.decode(control.receive())
         if plan.stop:
             return
         started = time.perf_counter()
         chosen = worker.step(plan)
-        if control.result_group is not None:
-            result = torch.zeros(result_words(plan, worker.mesh.lp), dtype=torch.int32)
-            result[RESULT_HEADER : RESULT_HEADER + chosen.size] = torch.from_numpy(chosen.ravel())
+        if control.answers:
+            result = np.zeros(layout.result_words(plan, worker.mesh.lp), np.int32)
+            result[layout.RESULT_HEADER :][: chosen.size] = chosen.ravel()
             result[0] = int((time.perf_counter() - started) * 1e6)
-            control.result_group.gather(result)
-
-
-def result_words(plan: StepPlan, lp: int) -> int:
-    """int32 words of a replica's result; as many on each, since a gather wants equal parts."""
-    return RESULT_HEADER + plan.most_local_rows(lp) * (1 + plan.top_k)
+            control.reply(result)
 
 
 def alive_key(rank: int) -> str:

@@ -24,7 +24,7 @@ from runtime.mesh.group import Group
 pytestmark = pytest.mark.system
 
 RANKS = 3
-SHAPES = [(1,), (7, 576), (3, shared_memory.AREA // 8)]  # the last takes several pieces
+SHAPES = [(1, 1), (7, 576), (3, shared_memory.AREA // 8)]  # the last takes several pieces
 
 try:
     shared_memory.library()
@@ -46,11 +46,12 @@ def run_rank(rank: int, folder: Path, name: str) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             found.append(ranks.all_reduce(part(rank + turn, shape, dtype)))
         found += ranks.all_gather(torch.tensor([rank, turn]))
+        found.append(ranks.broadcast(part(rank, SHAPES[turn % 3], torch.float32).mT, turn % RANKS))
     (folder / f"found-{rank}.pkl").write_bytes(pickle.dumps(found))
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
-    with pytest.raises(WorkerError, match=r"shard \d of this replica has died"):
+    with pytest.raises(WorkerError, match=r"rank 1 of 3 .* has died"):
         ranks.all_reduce(torch.ones(4))
     assert time.monotonic() - started < 10
     os._exit(0)  # gloo would wait for the dead one
@@ -74,6 +75,7 @@ def test_all_ranks_get_the_sum_and_notice_who_dies(tmp_path: Path) -> None:
             parts = [part(rank + turn, shape, dtype) for rank in range(RANKS)]
             expected.append(parts[0] + parts[1] + parts[2] if dtype == torch.float32 else torch.stack(parts).sum(0))
         expected += [torch.tensor([rank, turn]) for rank in range(RANKS)]
+        expected.append(part(turn % RANKS, SHAPES[turn % 3], torch.float32).mT)
     for given in found:
         assert len(given) == len(expected)
         assert all(torch.equal(one, other) for one, other in zip(given, expected, strict=True))
