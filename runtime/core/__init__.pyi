@@ -445,10 +445,10 @@ class Retention:
         """[t] how many tokens each of these next ones of the sequence sees, itself included."""
 
 def pull_rows(
-    address: int, num_blocks: int, block_bytes: int, row_bytes: int, start: int, from_rows: Sequence[int] | Ints
+    address: int, num_blocks: int, block_bytes: int, row_bytes: int, start: int, rows: Sequence[int] | Ints
 ) -> None:
     """In this process's memory, blocks of rows from `address` on: row start + i of each block becomes what its row
-    from_rows[i] was. `from_rows` is ascending, and none moves away from the first row."""
+    start + rows[i] was. Raises ValueError unless `rows` are ascending."""
 
 class Sliding(Retention):
     """Anchors and a window of recent tokens (full: all of them). StreamingLLM section 3.2, SepLLM section 3.1."""

@@ -170,14 +170,19 @@ py::object visible(const Retention& retained, const Int64s& queries, const Int64
     return all ? py::none() : py::object(sees);
 }
 
-// In memory of this process, blocks of rows: row `start` + i of each block becomes what its row from[i] was. Rows only move
-// towards the first: from is ascending, and from[i] >= start + i.
+// In memory of this process, blocks of rows: row `start` + i of each block becomes what its row start + rows[i] was, rows
+// being ascending.
 void pull_rows(uintptr_t address, int64_t num_blocks, int64_t block_bytes, int64_t row_bytes, int64_t start,
-               const Longs& from) {
-    auto* block = reinterpret_cast<std::byte*>(address);
+               const Longs& rows) {
+    size_t in_place = 0;
+    while (in_place < rows.size() && rows[in_place] == static_cast<int64_t>(in_place)) ++in_place;
+    for (size_t i = in_place; i < rows.size(); ++i)
+        if (rows[i] <= (i ? rows[i - 1] : -1)) throw std::invalid_argument("rows out of order");
+    if (in_place == rows.size()) return;
+    auto* block = reinterpret_cast<std::byte*>(address) + start * row_bytes;
     for (int64_t number = 0; number < num_blocks; ++number, block += block_bytes)
-        for (size_t i = 0; i < from.size(); ++i)
-            std::memmove(block + (start + static_cast<int64_t>(i)) * row_bytes, block + from[i] * row_bytes, row_bytes);
+        for (size_t i = in_place; i < rows.size(); ++i)
+            std::memcpy(block + i * row_bytes, block + rows[i] * row_bytes, row_bytes);
 }
 
 // For tests, and for decoders that make masks of it
@@ -231,7 +236,7 @@ void bind_retention(py::module_& module) {
             py::arg("tokens"));
 
     module.def("pull_rows", &pull_rows, py::arg("address"), py::arg("num_blocks"), py::arg("block_bytes"), py::arg("row_bytes"),
-               py::arg("start"), py::arg("from_rows"));
+               py::arg("start"), py::arg("rows"));
 
     py::classh<Sliding, Retention>(module, "Sliding")
         .def(py::init<std::optional<int64_t>, int64_t, bool, Tokens, int64_t>(), py::arg("window"), py::arg("max_kept"),

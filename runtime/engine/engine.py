@@ -302,7 +302,7 @@ class Engine:
 
     def _step(self) -> list[StepOutput]:
         started = time.perf_counter()
-        outputs = self._drop_aborted()
+        outputs = self._drop_aborted() if self._aborted else []
         for request in self._scheduler.admit():
             usage = self._scheduler.unread(request)
             outputs.append(StepOutput(request.request_id, (), usage, FinishReason.LENGTH))
@@ -324,7 +324,7 @@ class Engine:
         self.executor.execute(StepPlan.empty())
 
     def _drop_aborted(self) -> list[StepOutput]:
-        dropped = self._scheduler.drop(self._aborted) if self._aborted else []
+        dropped = self._scheduler.drop(self._aborted)
         self._aborted.clear()
         return [StepOutput(request.request_id, (), usage, FinishReason.CANCELLED) for request, usage in dropped]
 

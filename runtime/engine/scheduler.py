@@ -152,14 +152,15 @@ class Scheduler:
             return None
         max_rows = self.config.scheduler.max_rows
         uncached = [sequence.num_uncached for sequence in sequences]
-        prompts = sum(count > 1 for count in uncached)
+        prompts = num_prompts = len(uncached) - uncached.count(1)
         prompt_rows = 0
         if prompts:
             limit = max_rows if prompts == len(sequences) else max(max_rows // 2, prompts)
             prompt_rows = min(sum(count for count in uncached if count > 1), limit)
         guess_rows = (max_rows - (len(sequences) - prompts) - prompt_rows) // len(sequences)
-        steps: list[tuple[Sequence, StepRows]] = []
+        steps: list[StepRows] = []
         trees: list[tuple[CandidateTree, int]] = []
+        num_rows = 0
         for sequence, count in zip(sequences, uncached, strict=True):
             chain = 1
             if count > 1:
@@ -170,35 +171,38 @@ class Scheduler:
             most = lookahead.row_budget or max_rows if lookahead.planner else lookahead.fixed_rows
             room = min(guess_rows, most - 1)
             step = sequence.plan(chain, room)
-            steps.append((sequence, step))
+            steps.append(step)
             if step.tree is not None:
                 room -= len(step.rows) - step.num_chain
                 if lookahead.planner:
                     trees.append((step.tree, room))
                 else:
                     step.tree.fill(room)
-        num_replicas = self.config.parallel.lp
+            num_rows += len(step.rows)
         if trees:
-            core.grow(trees, sum(len(step.rows) for _, step in steps), self.cost.seconds)
+            core.grow(trees, num_rows, self.cost.seconds)
         parts: list[Part] = []
         num_rows = 0
-        for sequence, step in steps:
+        for sequence, step in zip(sequences, steps, strict=True):
             parts.append(Part(sequence, step.rows, num_rows))
             num_rows += len(step.rows)
+        num_replicas = self.config.parallel.lp
         if trees and num_replicas > 1 and not self.cost.shares[num_rows]:
             num_replicas = 1
-        is_decoding = all(step.num_chain == 1 for _, step in steps)
-        return Step(self._assemble(parts, num_replicas), parts, is_decoding)
+        return Step(self._assemble(parts, num_replicas), parts, is_decoding=num_prompts == 0)
 
     def _assemble(self, parts: list[Part], num_replicas: int) -> StepPlan:
+        sequences = [part.sequence for part in parts]
         rows = core.assemble([(part.rows, part.sequence.slot) for part in parts], num_replicas)
-        plan = StepPlan(rows, self._parameters([part.sequence for part in parts]))
+        plan = StepPlan(rows, self._parameters(sequences))
         if self._commits:
             commits = [self._commits[slot] for slot in sorted(self._commits)]
             plan.commits = np.concatenate(commits) if len(commits) > 1 else commits[0]
         if self._admitted:
             plan.resets = np.array(self._admitted, np.int32)
-        plan.top_k = TOP_K if any(part.sequence.wants_top for part in parts) else 0
+        for sequence in sequences:
+            if sequence.wants_top:
+                plan.top_k = TOP_K
         self._admitted, self._commits = [], {}
         return plan
 

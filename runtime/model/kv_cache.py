@@ -8,6 +8,7 @@ over the rest.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,6 +95,10 @@ class KVCache:
             problem = f"{num_slots} slots of that length need {size:.1f} GiB on {device}, which cannot be had"
             remedy = "Lower it or scheduler.max_sequences."
             raise ConfigError("cache.capacity", self.retained[0].max_stored, problem, remedy) from error
+        row_bytes = head_dim * dtype.itemsize
+        self._address, self._slot_bytes = self.buffer.data_ptr(), self.buffer.stride(0) * dtype.itemsize
+        self._blocks = 2 * len(group.layers) * num_kv_heads, num_rows * row_bytes, row_bytes
+        """Rows of a slot stand in so many blocks, of so many bytes, a row of each having so many."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,9 +136,7 @@ class KVCache:
 
     def commit(self, slot: int, staged: Sequence[int], tokens: Sequence[int]) -> None:
         """Make the staged rows with these indices (ascending) and token ids the next tokens of the sequence."""
-        assert all(a < b for a, b in zip(staged, staged[1:], strict=False)), "staged rows out of order"
-        start = self.retained[slot].num_stored
-        self._pull(slot, start, [start + row for row in staged])
+        self._pull(slot, self.retained[slot].num_stored, staged)
         self._apply(slot, self.retained[slot].commit(tokens))
 
     def read_staged(self, slot: int, staged: Sequence[int]) -> torch.Tensor:
@@ -185,18 +188,14 @@ class KVCache:
             self.buffer[slot, :, 0, :, : len(turns)] = self.rotary.turn(unturned, turns)
 
     def _pull(self, slot: int, start: int, rows: Sequence[int]) -> None:
-        """Row start + i becomes what rows[i] (ascending, start + i at least) was."""
-        in_place = next((i for i, row in enumerate(rows) if row != start + i), len(rows))
-        start, rows = start + in_place, rows[in_place:]
-        if not rows:
-            return
+        """Row start + i becomes what start + rows[i] was; `rows` are ascending."""
         if self.device.type == "cpu":
-            *kinds, num_rows, head_dim = self.buffer.shape[1:]
-            row_bytes = head_dim * self.buffer.itemsize
-            address = self.buffer.data_ptr() + slot * self.buffer.stride(0) * self.buffer.itemsize
-            core.pull_rows(address, math.prod(kinds), num_rows * row_bytes, row_bytes, start, rows)
-        else:
-            self.buffer[slot, ..., start : start + len(rows), :] = self._read(slot, rows)
+            core.pull_rows(self._address + slot * self._slot_bytes, *self._blocks, start, rows)
+            return
+        in_place = next((i for i, row in enumerate(rows) if row != i), len(rows))
+        assert all(a < b for a, b in itertools.pairwise(rows)), "rows out of order"
+        if moved := [start + row for row in rows[in_place:]]:
+            self.buffer[slot, ..., start + in_place : start + len(rows), :] = self._read(slot, moved)
 
     def _read(self, slot: int, rows: Sequence[int]) -> torch.Tensor:
         index = upload(np.asarray(rows, np.int64), self.device)

@@ -111,9 +111,9 @@ class RunningCost:
 
     def observe(self, num_rows: int, seconds: float) -> None:
         """A step of decoding took this long, planning and verification included."""
-        surprise = math.log(seconds / self.seconds[min(num_rows, self._max_rows)])
-        most = math.log(self.OUTLIER)
-        self._correction += self.RATE * max(-most, min(surprise, most)) * self._share(num_rows)
+        ratio = seconds / self.seconds[min(num_rows, self._max_rows)]
+        surprise = math.log(max(1 / self.OUTLIER, min(ratio, self.OUTLIER)))
+        self._correction += self.RATE * surprise * self._share(num_rows)
         self._since_refresh += 1
         if self._since_refresh >= 8:
             self._since_refresh = 0
