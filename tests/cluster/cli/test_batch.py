@@ -720,7 +720,8 @@ def test_progress_has_counts_and_the_time_to_go(monkeypatch, capsys):
 # The command, in a process of its own
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background, it is ignored
 sys.path.insert(0, {root!r})
 from cluster.cli import commands
 from tests.cluster.cli.test_batch import Echo
