@@ -148,9 +148,10 @@ class Chat:
         num_tokens = sum(usage.num_new_tokens for usage in self._usages)
         num_steps = sum(usage.num_steps for usage in self._usages)
         kept = last.kept_last * last.num_seen_tokens
+        counts = (len(self._usages), "turn"), (num_tokens, "token"), (num_steps, "step")
+        turns, tokens, steps = (terminal.counted(number, noun) for number, noun in counts)
         _say(
-            f"{len(self._usages)} turn{'s' * (len(self._usages) > 1)}, {num_tokens} tokens in {num_steps} steps: "
-            f"{num_tokens / max(num_steps, 1):.2f} tokens per step\n"
+            f"{turns}, {tokens} in {steps}: {num_tokens / max(num_steps, 1):.2f} tokens per step\n"
             f"kept KV: {kept:.0f} of {last.num_seen_tokens} seen tokens ({last.kept_last:.1%}; "
             f"{last.kept_sum:.1%} over the whole conversation), cache policy {cache.policy}\n"
             f"memory on a worker: {_mib(kept * cache.bytes_per_token)} of at most {_mib(cache.bytes_per_sequence)} MiB"

@@ -43,7 +43,7 @@ app = typer.Typer(
 
 @app.command()
 def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
-    """Load the model, start the workers and answer gRPC calls until SIGINT or SIGTERM.
+    """Answer gRPC calls until SIGINT or SIGTERM.
 
     A mesh of more than one worker runs on Ray: the cluster that ray.address or RAY_ADDRESS names, else a local one.
     """
@@ -78,9 +78,10 @@ def generate(
     *,
     sampling: dict[str, Any],
 ) -> None:
-    """Answer one prompt, streamed to standard output; figures go to standard error.
+    """Answer one prompt.
 
-    In colour: the tokens that a step accepted beside the one that every step gives.
+    The text streams to standard output; figures go to standard error. In colour: the tokens that a step accepted beside
+    the one that every step gives.
     """
     from cluster.cli import batch, pictures, terminal
 
@@ -129,11 +130,12 @@ def chat(
     *,
     sampling: dict[str, Any],
 ) -> None:
-    """Talk with the model: one line a turn; earlier turns stay in the cache, and nothing is computed again.
+    """Talk with the model, one line a turn.
 
-    Answers go to standard output, figures to standard error. Ctrl-C stops an answer, Ctrl-D ends, /help lists the
-    commands. Lines may also be piped in. Under cache policy full a conversation ends when it fills its cache; with
-    --set cache.policy=sink, or sep, it may go on for ever.
+    Earlier turns stay in the cache, and nothing is computed again. Answers go to standard output, figures to standard
+    error. Ctrl-C stops an answer, Ctrl-D ends, /help lists the commands. Lines may also be piped in. Under cache policy
+    full a conversation ends when it fills its cache; with --set cache.policy=sink, or sep of the streaming design, it
+    may go on for ever.
 
     A model without a chat template can only continue text. With --raw each line is put behind all that was said, as it
     is, and the model goes on from there.
@@ -243,9 +245,10 @@ def plan(
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure anew what is kept on disk.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a step costs here by its rows, how the workers are split and why, and the speed to be expected.
+    """Show what a step costs here, the split, and the speed to expect.
 
-    With --set parallel=auto or --set model.dtype=auto, all splits or types are compared.
+    A step's cost is shown by its rows, the split of the workers with its reason. With --set parallel=auto or --set
+    model.dtype=auto, all splits or types are compared.
     """
     from cluster.cli import planning
 
@@ -257,7 +260,10 @@ def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Only look; skip the self-test.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what this machine has, and try out what Outrider needs of it. The exit code is 1 if something failed."""
+    """Say what this machine has, and try out what is needed of it.
+
+    The exit code is 1 if something failed.
+    """
     from cluster.cli import doctor as doctors
 
     if not doctors.examine(quick=quick, as_json=as_json):
@@ -266,7 +272,10 @@ def doctor(
 
 @app.command()
 def demo() -> None:
-    """Two workers on a local Ray, a server, one answer with lookahead and one without."""
+    """Answer one prompt with lookahead and without.
+
+    Two workers on a local Ray run it, behind a server.
+    """
     from cluster.cli import demo as demos
 
     raise typer.Exit(demos.main())

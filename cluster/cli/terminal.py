@@ -68,9 +68,15 @@ def tokens_per_second(usage: Usage) -> float:
     return usage.num_new_tokens / usage.latency_s if usage.latency_s else 0.0
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, one of which has no s."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def summary(usage: Usage) -> str:
     """One line of figures."""
+    tokens, steps = counted(usage.num_new_tokens, "token"), counted(usage.num_steps, "step")
     return (
-        f"{usage.num_new_tokens} tokens in {usage.num_steps} steps, {usage.tokens_per_step:.2f} tokens per step, "
+        f"{tokens} in {steps}, {usage.tokens_per_step:.2f} tokens per step, "
         f"{tokens_per_second(usage):.1f} tokens/s, first token after {usage.ttft_s:.2f} s"
     )

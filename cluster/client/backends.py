@@ -13,6 +13,7 @@ from cluster.wire.answers import Chunk, cache_is_full, num_accepted
 from cluster.wire.requests import one_prompt
 from runtime.config import Config
 from runtime.errors import OutriderError, WorkerError
+from runtime.progress import doing
 from runtime.prompts import as_prompt, kind_of
 from runtime.request import FinishReason, Prompt, StepOutput
 
@@ -108,10 +109,11 @@ class InProcess:
     """An engine of our own, in its loop."""
 
     def __init__(self, config: Config) -> None:
-        from runtime.engine.loop import EngineLoop
-
         self._stack = ExitStack()
-        self.engine = self._stack.enter_context(open_engine(config))
+        with doing("loading the model"):
+            from runtime.engine.loop import EngineLoop
+
+            self.engine = self._stack.enter_context(open_engine(config))
         self._loop = EngineLoop(self.engine)
         self._stack.callback(self._loop.close)
 

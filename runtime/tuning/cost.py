@@ -47,6 +47,8 @@ STEADY, ATTEMPTS = 0.25, 3
 GLANCE, GLANCE_S = (1, 16, 64), 0.3
 """What is timed of a curve that was never measured, so that a start need not wait: these numbers of rows, about so long
 in all. The rest is measured when the engine has nothing else to do, or by `outrider plan`."""
+ASSUMED_ROW = 0.01
+"""What a row is taken to cost, in steps, where that was not measured."""
 FORMAT = 6
 
 
@@ -66,7 +68,7 @@ class CostCurve:
 
     def table(self, max_rows: int) -> NDArray[np.float64]:
         """t(T) for T = 0 .. max_rows, by the faster way: interpolated, never falling, beyond the last point by the last
-        slope."""
+        slope or that of the whole, whichever is steeper."""
         shared = self._table(self.seconds, max_rows)
         return np.minimum(shared, self._table(self.alone, max_rows)) if self.alone else shared
 
@@ -80,7 +82,10 @@ class CostCurve:
         rows, seconds = np.array(self.rows, float), np.minimum.accumulate(measured[::-1])[::-1]
         table = np.interp(np.arange(max_rows + 1), rows, seconds)
         if max_rows > rows[-1] and len(rows) > 1:
-            slope = (seconds[-1] - seconds[-2]) / (rows[-1] - rows[-2])
+            # Two neighbours that differ by noise alone must not make hundreds of rows free.
+            slope = max((seconds[-1] - seconds[start]) / (rows[-1] - rows[start]) for start in (-2, 0))
+            if rows[-1] < GLANCE[-1]:  # steps were too slow to see where rows begin to cost
+                slope = max(slope, ASSUMED_ROW * seconds[0])
             beyond = np.arange(int(rows[-1]) + 1, max_rows + 1)
             table[beyond] = seconds[-1] + slope * (beyond - rows[-1])
         return table
@@ -137,8 +142,8 @@ class RunningCost:
 
 
 def assumed(max_rows: int) -> CostCurve:
-    """A curve for when none was measured: on it a row costs a hundredth of a step."""
-    return CostCurve((1, max_rows + 1), (1.0, 1.0 + max_rows / 100))
+    """A curve for when none was measured."""
+    return CostCurve((1, max_rows + 1), (1.0, 1.0 + max_rows * ASSUMED_ROW))
 
 
 class Measurement:

@@ -18,6 +18,7 @@ from cluster.cli.batch.output import ClosedError, Earlier, OutputError, Stream, 
 from cluster.cli.batch.progress import Progress, make_progress
 from cluster.cli.batch.records import BadRecord, Input, Record, look_at, read_record
 from cluster.cli.batch.results import IncompleteError, Totals, answer, encoded, error_line
+from cluster.cli.terminal import counted
 from cluster.client.backends import Backend
 from cluster.wire.answers import Chunk
 from cluster.wire.statuses import concerns_all, has_no_room_now, is_away
@@ -80,9 +81,10 @@ def run(
             output.close(is_complete=False)
         if job is None or isinstance(error, ClosedError):
             raise
+        records = counted(totals.num_records, "record")
         if isinstance(error, OutriderError):
-            raise StoppedError(_with_hint(f"stopped after {totals.num_records} records: {error}", output)) from error
-        progress.note(_with_hint(f"ended after {totals.num_records} records", output))
+            raise StoppedError(_with_hint(f"stopped after {records}: {error}", output)) from error
+        progress.note(_with_hint(f"ended after {records}", output))
         raise
     try:
         output.close(is_complete=True)
@@ -325,7 +327,7 @@ class _Job:
 
     def _show(self) -> None:
         totals = self._totals
-        counts = f"{totals.num_records} records"
+        counts = counted(totals.num_records, "record")
         for number, name in ((totals.num_errors, "errors"), (totals.num_skipped, "skipped")):
             counts += f", {number} {name}" if number else ""
         self._progress.show(counts, self._part, self._skipped)

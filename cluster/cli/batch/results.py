@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.cli.terminal import counted
 from cluster.wire.answers import Chunk
 from runtime.errors import OutriderError
 
@@ -49,10 +50,12 @@ class Totals:
     def summary(self) -> str:
         """One line of figures."""
         skipped = f", {self.num_skipped} of an earlier run" if self.num_skipped else ""
+        records, errors = counted(self.num_records, "record"), counted(self.num_errors, "error")
+        figures = self.as_dict()
         return (
-            "{num_records} records ({num_errors} errors{skipped}), {num_new_tokens} tokens in {seconds:.1f} s: "
-            "{tokens_per_s:.1f} tokens/s, {tokens_per_step:.2f} tokens per step"
-        ).format(**self.as_dict(), skipped=skipped)
+            f"{records} ({errors}{skipped}), {counted(self.num_tokens, 'token')} in {self.seconds:.1f} s: "
+            f"{figures['tokens_per_s']:.1f} tokens/s, {figures['tokens_per_step']:.2f} tokens per step"
+        )
 
 
 def answer(chunks: Sequence[Chunk]) -> dict[str, Any]:

@@ -696,7 +696,7 @@ def test_patience_ends_and_nothing_is_lost(place, error):
 @pytest.mark.parametrize("error", [WorkerError("the workers failed"), call_error(grpc.StatusCode.UNAUTHENTICATED)])
 def test_what_every_record_would_meet_ends_the_run_at_once(place, error):
     backend = Echo(script={"b": [error] * 100})
-    with pytest.raises(batch.StoppedError, match="stopped after 1 records.*--resume"):
+    with pytest.raises(batch.StoppedError, match="stopped after 1 record:.*--resume"):
         place.fill(*prompts("a", "b", "b", "c")).run(backend)
     assert place.texts() == ["a"] and [call[0] for call in backend.calls] == ["a", "b"]
 
@@ -720,7 +720,8 @@ def test_progress_has_counts_and_the_time_to_go(monkeypatch, capsys):
 # The command, in a process of its own
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background, it is ignored
 sys.path.insert(0, {root!r})
 from cluster.cli import commands
 from tests.cluster.cli.test_batch import Echo

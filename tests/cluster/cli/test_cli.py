@@ -7,13 +7,16 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from cluster.cli import commands as cli
 from cluster.cli import options, terminal
+from cluster.client import backends
 from cluster.wire.answers import Chunk
+from runtime import progress
 from runtime.config import SamplingParams
 from runtime.errors import ConfigError
 from runtime.request import FinishReason
@@ -51,6 +54,7 @@ def test_help_lists_the_commands(outrider):
     assert code == 0
     for command in ("serve", "generate", "chat", "batch", "plan", "doctor", "version"):
         assert f"\n  {command} " in out
+    assert "..." not in out.partition("Commands:")[2]  # each is described by a whole sentence
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "batch"])
@@ -84,6 +88,24 @@ def test_unreachable_server_is_one_line_and_code_1(outrider):
     assert code == 1 and err.count("\n") == 1 and "localhost:1" in err
 
 
+def test_loading_that_takes_long_says_so_on_standard_error(outrider, model, monkeypatch):
+    monkeypatch.setattr(progress, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(backends, "open_engine", slow(backends.open_engine))
+    arguments = ["generate", "--raw", "abc", "--set", f"model.path={model}", "--max-new-tokens", "1", "--ignore-eos"]
+    code, out, err = outrider(*arguments)
+    assert code == 0 and "loading" not in out
+    lines = err.splitlines()
+    assert "loading the model ..." in lines and lines[-1].startswith("1 token in 1 step, 1.00 tokens per step")
+
+
+def slow(open_engine):
+    def opened(config):
+        time.sleep(0.6)
+        return open_engine(config)
+
+    return opened
+
+
 def test_generate_streams_text_and_figures_go_to_standard_error(outrider, model):
     arguments = ["generate", "--raw", "abc", "--set", f"model.path={model}", "--max-new-tokens", "12", "--ignore-eos"]
     code, out, err = outrider(*arguments)
@@ -110,7 +132,7 @@ def test_batch_answers_errors_and_exit_code(outrider, model, tmp_path):
     setting = ["--set", f"model.path={model}", "--set", "sampling.max_new_tokens=8", "--ignore-eos"]
     code, out, err = outrider("batch", str(source), str(target), *setting, "--concurrency", "3", "--json")
     results = [json.loads(line) for line in target.read_text().splitlines()]
-    assert code == 1 and "5 records (1 errors)" in err and json.loads(out)["num_errors"] == 1
+    assert code == 1 and "5 records (1 error)" in err and json.loads(out)["num_errors"] == 1
     assert [result["id"] for result in results] == ["raw", 81, "ids", "bad", "sampled"]
     assert "token_ids" in results[3]["error"]
     raw, chat, ids, _, sampled = results

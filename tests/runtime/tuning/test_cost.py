@@ -33,6 +33,17 @@ def test_a_curve_is_interpolated_never_falls_and_goes_on_beyond_its_end():
     assert (np.diff(table) >= 0).all()
 
 
+def test_rows_beyond_a_curve_that_ends_in_noise_are_not_free():
+    # On a busy machine a measurement may end at a few rows, the last of which seem to cost the same.
+    seconds, alone = (0.0714, 0.0757, 0.1541, 0.1617, 0.1541), (0.0698, 0.0806, 0.0804, 0.0819, 0.0792)
+    curve = CostCurve((1, 2, 4, 6, 8), seconds, alone=alone)
+    assert curve.table(512)[512] > 8 * curve.table(512)[1]
+    flat = CostCurve((1, 2), (0.5, 0.5)).table(101)
+    assert flat[2] == 0.5 and flat[101] == pytest.approx(0.5 * 1.99)
+    wide = CostCurve((1, 64), (0.5, 0.5)).table(101)  # rows are free indeed, as far as can be seen
+    assert wide[101] == 0.5
+
+
 def test_a_running_curve_follows_what_steps_take_and_shrugs_at_a_hiccup():
     running = RunningCost(CostCurve((1, 16, 64), (1.0, 2.0, 4.0)), 64)
     running.observe(16, 1000.0)
