@@ -1,4 +1,4 @@
-"""The control plane, through sockets and through memory: plans reach all ranks, results return, the dead are noticed."""
+"""The control plane, through sockets and through memory: plans reach all ranks, results come back, deaths are seen."""
 
 from __future__ import annotations
 
