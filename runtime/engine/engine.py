@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from runtime.engine.admission import Admission
 from runtime.engine.scheduler import TOP_K, Scheduler, Step
 from runtime.engine.session import Session
 from runtime.engine.turn import Turn
-from runtime.errors import InvalidRequestError, NumericsError, WorkerError
+from runtime.errors import ConfigError, InvalidRequestError, NumericsError, WorkerError
 from runtime.lookahead.core import Bigrams
 from runtime.lookahead.knowledge import Knowledge
 from runtime.model.loader import checked_model
@@ -97,6 +97,10 @@ class Engine:
 
         Raises ConfigError where the configuration cannot be run, WorkerError where the workers do not start.
         """
+        if not isinstance(config, Config | Mapping | str | PurePath | None):
+            problem = f"is of type {type(config).__name__}"
+            remedy = "Hand in a Config, a mapping of its sections, or the name of a YAML file."
+            raise ConfigError("config", config, problem, remedy)
         if not isinstance(config, Config):
             config = Config.from_dict(config) if isinstance(config, Mapping) else Config.load(config)
         if config.is_open:
@@ -215,7 +219,12 @@ class Engine:
         """In a chat, the token with which the chat template ends an answer ends it, whether or not the model's
         configs know of it."""
         end = self.tokenizer.turn_end_id
-        if end is None or sampling.ignore_eos or end in (*sampling.stop_token_ids, *self.spec.eos_token_ids):
+        if (
+            end is None
+            or end >= self.spec.vocab_size
+            or sampling.ignore_eos
+            or end in (*sampling.stop_token_ids, *self.spec.eos_token_ids)
+        ):
             return sampling
         return sampling.model_copy(update={"stop_token_ids": (*sampling.stop_token_ids, end)})
 
