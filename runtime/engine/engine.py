@@ -19,7 +19,7 @@ from runtime.engine.admission import Admission
 from runtime.engine.scheduler import TOP_K, Scheduler, Step
 from runtime.engine.session import Session
 from runtime.engine.turn import Turn
-from runtime.errors import ConfigError, InvalidRequestError, NumericsError, WorkerError
+from runtime.errors import ConfigError, InvalidRequestError, NumericsError, ResourceExhaustedError, WorkerError
 from runtime.lookahead.core import Bigrams
 from runtime.lookahead.knowledge import Knowledge
 from runtime.model.loader import checked_model
@@ -482,7 +482,12 @@ class Engine:
         """What has come for requests that are expected, after a step if there is nothing yet."""
         with self._turn:
             if not any(self._inboxes[request_id] for request_id in request_ids):
+                was_idle, num_waiting = not self.num_running, self.num_waiting
                 self.step()
+                if was_idle and not self.num_running and num_waiting and self.num_waiting == num_waiting:
+                    problem, remedy = "open conversations hold every slot", "Close one first, or raise it."
+                    limit = self.config.scheduler.max_sequences
+                    raise ResourceExhaustedError("scheduler.max_sequences", limit, problem, remedy)
             boxes = [self._inboxes[request_id] for request_id in request_ids]
             return [box.popleft() for box in boxes for _ in range(len(box))]
 

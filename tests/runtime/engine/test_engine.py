@@ -353,3 +353,14 @@ def test_a_forked_process_is_told_that_the_engine_is_not_its_own(engine):
         assert said.read().startswith(b"WorkerError: the engine belongs to process")
     os.waitpid(child, 0)
     assert engine.generate([1, 2], TEN)
+
+
+def test_a_conversation_in_the_only_slot_is_named_instead_of_waited_for(tiny_model):
+    config = {"model": {"path": str(tiny_model)}, "lookahead": {"enabled": False}, "scheduler": {"max_sequences": 1}}
+    with Engine.from_config(config) as engine:
+        session = engine.open_session()
+        assert list(engine.stream([1, 2], TEN, session=session))
+        with pytest.raises(ResourceExhaustedError, match="^scheduler.max_sequences = 1: open conversations hold"):
+            engine.generate([[1], [2]], TEN)
+        engine.close_session(session)
+        assert engine.generate([[1], [2]], TEN)
