@@ -8,28 +8,68 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from runtime import yaml_text
 from runtime.errors import ConfigError, FieldError, InvalidRequestError
 from runtime.yaml_text import NULLS, Plain
 
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
 S = TypeVar("S", bound="Section")
 
 
-class Section(BaseModel):
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    return {annotation}.union(*map(_kinds, get_args(annotation)))
+
+
+class _Refusing(ModelMetaclass):
+    """Of sections: what Python code calls them with is refused as all else is, by field, value and remedy."""
+
+    def __call__(cls, *arguments: Any, **fields: Any) -> Any:
+        try:
+            return super().__call__(*arguments, **fields)
+        except ValidationError as error:
+            section: type[Section] = cls  # type: ignore[assignment]
+            raise _refusal(section, error, "", section.refusal) from None
+
+
+class Section(BaseModel, metaclass=_Refusing):
     """A frozen part of the tree; unknown keys are errors."""
+
+    refusal: ClassVar[type[FieldError]] = ConfigError
+    """What calling the class with wrong values raises."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts True as 1; who writes it means something else."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        members = value if isinstance(value, list | tuple) else (value,)
+        if kinds & {int, float} and bool not in kinds and any(isinstance(member, bool) for member in members):
+            raise PydanticCustomError("number_type", "input should be a number, neither true nor false")
+        return value
+
     def merged(self, overrides: Mapping[str, Any], prefix: str = "") -> Self:
         """A copy with `overrides` in place; raises InvalidRequestError naming the field."""
+        for name, value in overrides.items():
+            kinds = _kinds(type(self).model_fields[name].annotation) if name in type(self).model_fields else set()
+            if isinstance(value, str) and kinds & {int, float, bool}:  # as on the wire
+                problem, remedy = "is a text", "Give a value of the field's type, without quotes."
+                raise InvalidRequestError(f"{prefix}{name}", value, problem, remedy)
         return _validated(type(self), {**self.model_dump(), **overrides}, prefix, InvalidRequestError)
 
 
@@ -50,6 +90,11 @@ class ModelConfig(Section):
     """Refuse to run where lookahead on and off would not give the same bits by construction: on anything but native
     kernels, and with tp above 2, whose sums have no fixed order."""
 
+    @field_validator("path", mode="before")
+    @classmethod
+    def _as_text(cls, path: Any) -> Any:
+        return str(path) if isinstance(path, PurePath) else path
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.deterministic and self.kernels == "torch":
@@ -67,7 +112,7 @@ class ParallelConfig(Section):
     """Lookahead-parallel replicas: each holds the whole model, each step's rows are divided among them."""
     tp: int = Field(default=1, ge=1)
     """Tensor-parallel ranks per replica; at most the model's query heads."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads per worker; null divides the machine's cores among the workers on it."""
 
     @model_validator(mode="after")
@@ -89,6 +134,8 @@ class ParallelConfig(Section):
 
 class LookaheadConfig(Section):
     """Lookahead decoding with the paper's names: W = window_size, N = ngram_size, G = guess_set_size."""
+
+    refusal = InvalidRequestError
 
     enabled: bool = True
     """false is plain autoregressive decoding through the same code."""
@@ -299,6 +346,8 @@ class SchedulerConfig(Section):
 class SamplingParams(Section):
     """How one request's tokens are chosen and when it ends."""
 
+    refusal = InvalidRequestError
+
     max_new_tokens: int = Field(default=128, ge=1)
     """Most tokens to generate."""
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
@@ -460,29 +509,29 @@ def _validated(cls: type[S], tree: Mapping[str, Any], prefix: str, error_type: t
     try:
         return cls.model_validate(dict(tree))
     except ValidationError as error:
-        first = error.errors()[0]
-        field = prefix + ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            parent: Any = cls
-            for part in first["loc"][:-1]:
-                parent = parent.model_fields[part].annotation
-            known = ", ".join(parent.model_fields)
-            near = _like(str(first["loc"][-1]), field.removeprefix(prefix), parent, cls, prefix)
-            raise error_type(field, first["input"], "unknown key", f"{near}Known here: {known}.") from None
-        problem = first["msg"].removeprefix("Value error, ")
-        value = first["input"] if first["type"] != "value_error" else "(section)"
-        if first["type"] == "value_error" and ": " in problem:
-            name, problem = problem.split(": ", 1)
-            field = f"{field.rstrip('.')}.{name}" if field else name
-            problem, _, remedy = problem.partition("; ")
-            raise error_type(
-                field, _lookup(first["input"], name), problem, remedy[:1].upper() + remedy[1:] + "."
-            ) from None
-        remedy = (
-            "Give a value of that kind." if first["type"].endswith(("_type", "_parsing")) else "Give another value."
-        )
-        remedy = "Give a value in that range." if "than" in first["type"] else remedy
-        raise error_type(field, value, problem[:1].lower() + problem[1:], remedy) from None
+        raise _refusal(cls, error, prefix, error_type) from None
+
+
+def _refusal(cls: type[S], error: ValidationError, prefix: str, error_type: type[FieldError]) -> FieldError:
+    first = error.errors()[0]
+    field = prefix + ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        parent: Any = cls
+        for part in first["loc"][:-1]:
+            parent = parent.model_fields[part].annotation
+        known = ", ".join(parent.model_fields)
+        near = _like(str(first["loc"][-1]), field.removeprefix(prefix), parent, cls, prefix)
+        return error_type(field, first["input"], "unknown key", f"{near}Known here: {known}.")
+    problem = first["msg"].removeprefix("Value error, ")
+    value = first["input"] if first["type"] != "value_error" else "(section)"
+    if first["type"] == "value_error" and ": " in problem:
+        name, problem = problem.split(": ", 1)
+        field = f"{field.rstrip('.')}.{name}" if field else name
+        problem, _, remedy = problem.partition("; ")
+        return error_type(field, _lookup(first["input"], name), problem, remedy[:1].upper() + remedy[1:] + ".")
+    remedy = "Give a value of that kind." if first["type"].endswith(("_type", "_parsing")) else "Give another value."
+    remedy = "Give a value in that range." if "than" in first["type"] else remedy
+    return error_type(field, value, problem[:1].lower() + problem[1:], remedy)
 
 
 def _like(name: str, key: str, parent: type[Section], root: type[Section], prefix: str) -> str:

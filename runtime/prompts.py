@@ -13,6 +13,7 @@ from typing import Any
 from runtime.errors import InvalidRequestError
 from runtime.request import Prompt
 
+ROLES = ("system", "user", "assistant", "tool")
 _KINDS = "Hand in a text, a list of token ids, or a list of chat messages."
 
 
@@ -94,8 +95,44 @@ def kind_of(prompt: Prompt) -> str:
 
 
 def as_messages(given: Any, field: str = "messages") -> Sequence[Mapping[str, str]]:
-    """Chat messages in a list; what each has to be is the tokenizer's to say. Raises InvalidRequestError."""
+    """Chat messages in a list; `check_messages` says what each has to be. Raises InvalidRequestError."""
     value = _as_list(given, field)
     if isinstance(value, str):
         raise InvalidRequestError(field, value, "is a text", 'Send [{"role": "user", "content": ...}].')
     return value
+
+
+def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+    """Raises InvalidRequestError if there is none, or naming the first that no chat template knows."""
+    if not messages:
+        raise InvalidRequestError("messages", list(messages), "is empty", "Send at least one message.")
+    check_shapes(messages)
+    for index, message in enumerate(messages):
+        if message["role"] not in ROLES:
+            remedy = f"Known roles: {', '.join(ROLES)}."
+            raise InvalidRequestError(f"messages[{index}].role", message["role"], "unknown role", remedy)
+
+
+def check_shapes(messages: Sequence[Mapping[str, str]]) -> None:
+    """Raises InvalidRequestError naming the first message that is not a role and a content, both texts."""
+    for index, message in enumerate(messages):
+        field = f"messages[{index}]"
+        if not isinstance(message, Mapping):
+            raise InvalidRequestError(field, message, "is not a mapping", 'Send {"role": ..., "content": ...}.')
+        for key in ("role", "content"):
+            value: Any = message.get(key)
+            if not isinstance(value, str):
+                raise InvalidRequestError(f"{field}.{key}", value, "is not a text", f"Give each message a {key}.")
+            check_unicode(f"{field}.{key}", value)
+        if unknown := [key for key in message if key not in ("role", "content")]:
+            remedy = "Known here: role, content."
+            raise InvalidRequestError(f"{field}.{unknown[0]}", message[unknown[0]], "unknown key", remedy)
+
+
+def check_unicode(field: str, text: str) -> None:
+    """Raises InvalidRequestError for halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        remedy = "Send characters, not halves of surrogate pairs."
+        raise InvalidRequestError(field, text, f"is not valid Unicode ({error.reason})", remedy) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import json
 import re
@@ -10,12 +11,12 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from runtime.errors import ConfigError, InvalidRequestError
 from runtime.files import flaw, read_json
+from runtime.prompts import check_messages, check_unicode
 
-ROLES = ("system", "user", "assistant", "tool")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
 REPLACEMENT = "\ufffd"  # what decoders put for bytes that are not (yet) a character
 PAPER_SEPARATORS = (".", ",", "?", "!", ";", ":", " ", "\t", "\n")
@@ -39,10 +40,18 @@ class Tokenizer:
             if path.exists() and (found := flaw(path)):
                 raise ConfigError("model.path", str(directory), f"{name} {found[0]}", found[1])
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+            # Code in the directory is not run, and nobody is asked on the terminal whether it may be.
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the library raises nothing narrower for a broken file
             for path in sorted(Path(directory).glob("*.json")):
                 read_json(path)  # names the one that is no JSON
+                if path.read_bytes().startswith(codecs.BOM_UTF8):
+                    problem, remedy = f"{path.name} begins with a byte order mark", "Save it as UTF-8 without one."
+                    raise ConfigError("model.path", str(directory), problem, remedy) from error
+            if "trust_remote_code" in str(error):
+                problem = "its tokenizer is code in the directory (auto_map), which is not run"
+                remedy = "Save the tokenizer as tokenizer.json, which needs no code."
+                raise ConfigError("model.path", str(directory), problem, remedy) from error
             problem = f"has no tokenizer that can be read ({' '.join(str(error).split())})"
             raise ConfigError("model.path", str(directory), problem, "Add the model's tokenizer files.") from error
         self._tokenizer = tokenizer
@@ -68,7 +77,7 @@ class Tokenizer:
 
         Raises InvalidRequestError if the text is not valid Unicode.
         """
-        _check_unicode("prompt", text)
+        check_unicode("prompt", text)
         if self._backend is None:
             return list(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
         # Of a batch, even of one, because that lets other threads run meanwhile.
@@ -85,7 +94,7 @@ class Tokenizer:
         Raises InvalidRequestError if a message is malformed, or if the model has no template or one that refuses the
         conversation.
         """
-        _check_messages(messages)
+        check_messages(messages)
         rendered, encode = self._render(messages)
         return encode(rendered)
 
@@ -97,7 +106,7 @@ class Tokenizer:
         message is as in `encode_chat`, with the same errors; a template that does not show earlier answers as they
         are is refused too.
         """
-        _check_messages(messages)
+        check_messages(messages)
         marker = "Answer0"  # survives templates that strip what is said, and does not merge with what follows
         while any(marker in message["content"] for message in messages):
             marker += "0"
@@ -393,31 +402,3 @@ def _is_row_of(parts: Collection[str], text: str) -> bool:
         if start in ends:
             ends.update(start + len(part) for part in parts if text.startswith(part, start))
     return len(text) in ends
-
-
-def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
-    if not messages:
-        raise InvalidRequestError("messages", list(messages), "is empty", "Send at least one message.")
-    for index, message in enumerate(messages):
-        field = f"messages[{index}]"
-        if not isinstance(message, Mapping):
-            raise InvalidRequestError(field, message, "is not a mapping", 'Send {"role": ..., "content": ...}.')
-        for key in ("role", "content"):
-            value: Any = message.get(key)
-            if not isinstance(value, str):
-                raise InvalidRequestError(f"{field}.{key}", value, "is not a text", f"Give each message a {key}.")
-            _check_unicode(f"{field}.{key}", value)
-        if unknown := [key for key in message if key not in ("role", "content")]:
-            remedy = "Known here: role, content."
-            raise InvalidRequestError(f"{field}.{unknown[0]}", message[unknown[0]], "unknown key", remedy)
-        if message["role"] not in ROLES:
-            remedy = f"Known roles: {', '.join(ROLES)}."
-            raise InvalidRequestError(f"{field}.role", message["role"], "unknown role", remedy)
-
-
-def _check_unicode(field: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        remedy = "Send characters, not halves of surrogate pairs."
-        raise InvalidRequestError(field, text, f"is not valid Unicode ({error.reason})", remedy) from error

@@ -32,10 +32,10 @@ def finish_output() -> None:
 
 
 def read_text() -> str:
-    """All of standard input, which is UTF-8. Raises InvalidRequestError where it is not."""
+    """All of standard input, which is UTF-8, its line ends as they are. Raises InvalidRequestError where it is not."""
     stdin = require_input()
     if isinstance(stdin, io.TextIOWrapper):
-        stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+        stdin.reconfigure(encoding="utf-8-sig", errors="strict", newline="")
     try:
         return stdin.read()
     except UnicodeDecodeError as error:

@@ -15,6 +15,8 @@ REMEDY = "Write HOST:PORT, for example localhost:50051 or [::1]:50051."
 
 def checked(address: str) -> str:
     """The address without spaces around it. Raises ConfigError if it is neither HOST:PORT nor a target of gRPC's."""
+    if not isinstance(address, str):
+        raise ConfigError("address", address, f"is of type {type(address).__name__}, no text", REMEDY)
     text = address.strip()
     scheme, colon, rest = text.partition(":")
     if scheme in SCHEMES and colon and not rest.isdecimal():  # a host may be called dns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -16,8 +17,26 @@ from cluster.pb.outrider.v1 import generation_pb2_grpc as pb_grpc
 from cluster.wire.answers import Answer, Chunk, read_chunk
 from cluster.wire.requests import prompted
 from cluster.wire.statuses import CallError, call_error
+from runtime.errors import InvalidRequestError
+from runtime.prompts import check_unicode
 
 MAX_MESSAGE_BYTES = 16 * 2**20
+
+
+def _checked_id(field: str, given: Any) -> str:
+    if not isinstance(given, str):
+        raise InvalidRequestError(field, given, f"is of type {type(given).__name__}", "Give a text, or leave it out.")
+    check_unicode(field, given)
+    return given
+
+
+def _checked_timeout(given: Any) -> float | None:
+    """Seconds as gRPC takes them; infinity is none."""
+    if given is None or given == math.inf:
+        return None
+    if isinstance(given, bool) or not isinstance(given, int | float) or not given >= 0:
+        raise InvalidRequestError("timeout_s", given, "is no number of seconds", "Give one, or None for no limit.")
+    return float(given)
 
 
 class Stream(Iterator[Chunk]):
@@ -60,6 +79,7 @@ class Client:
         self._channel = grpc.insecure_channel(self.address, options=[*limits, *channel_options(self.address)])
         self._generation = pb_grpc.GenerationServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._closed = False
 
     def generate(
         self,
@@ -79,11 +99,17 @@ class Client:
         """
         request = prompted(pb.GenerateRequest, prompt, messages, token_ids, sampling, lookahead)
         if request_id is not None:
-            request.request_id = request_id
+            request.request_id = _checked_id("request_id", request_id)
+        timeout_s = _checked_timeout(timeout_s)
+        self._check_open()
         return Stream(self._generation.Generate(request, timeout=timeout_s), self.address)
 
     def converse(self, session_id: str | None = None, timeout_s: float | None = None) -> Conversation:
         """Begin a conversation; the server opens its session with the first turn. `timeout_s` bounds all of it."""
+        if session_id is not None:
+            session_id = _checked_id("session_id", session_id)
+        timeout_s = _checked_timeout(timeout_s)
+        self._check_open()
         return Conversation(self._generation, self.address, session_id, timeout_s)
 
     def complete(self, prompt: str | None = None, **arguments: Any) -> Answer:
@@ -103,6 +129,7 @@ class Client:
 
     def server_info(self, timeout_s: float = 10.0) -> pb.GetServerInfoResponse:
         """The server's description. Raises CallError."""
+        self._check_open()
         try:
             return self._generation.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
@@ -110,6 +137,7 @@ class Client:
 
     def is_serving(self, timeout_s: float = 5.0) -> bool:
         """The health service's answer. Raises CallError if there is none."""
+        self._check_open()
         try:
             answer = self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
@@ -131,8 +159,13 @@ class Client:
             time.sleep(0.1)
 
     def close(self) -> None:
-        """End the connection; calls that are still running are cancelled."""
+        """End the connection; calls that are still running are cancelled. Idempotent."""
+        self._closed = True
         self._channel.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CallError(self.address, grpc.StatusCode.CANCELLED, "the client is closed")
 
     def __enter__(self) -> Self:
         return self

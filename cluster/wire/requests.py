@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from runtime.config import LookaheadConfig, SamplingParams
 from runtime.errors import InvalidRequestError
-from runtime.prompts import as_messages, as_token_ids
+from runtime.prompts import as_messages, as_token_ids, check_shapes
 from runtime.request import Prompt
 
 M = TypeVar("M", bound=Message)
 
 MAX_ID_LENGTH = 128
+_WHOLE = (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64)
 
 # To messages
 
@@ -57,7 +59,9 @@ def one_prompt(
         raise InvalidRequestError("prompt", kinds, "is not one prompt", "Give one of prompt, messages, token_ids.")
     name = kinds[0]
     if name == "messages":
-        return name, as_messages(messages)
+        value = as_messages(messages)
+        check_shapes(value)  # the wire would take None for an empty text
+        return name, value
     if name == "token_ids":
         return name, as_token_ids(token_ids)
     if not isinstance(prompt, str):
@@ -68,19 +72,39 @@ def one_prompt(
 
 def _message(section: str, kind: Any, values: Mapping[str, Any] | None) -> dict[str, Any]:
     """Keyword argument for one parameter section, or none."""
-    if not values:
+    if values is None:
         return {}
+    if isinstance(values, SamplingParams | LookaheadConfig):
+        values = values.model_dump(include=values.model_fields_set)
+    if not isinstance(values, Mapping):
+        problem, remedy = f"is of type {type(values).__name__}", "Hand in a mapping of what differs from the server's."
+        raise InvalidRequestError(section, values, problem, remedy)
     known = kind.DESCRIPTOR.fields_by_name
     message = kind()
     for name, value in values.items():
         if name not in known:
             raise InvalidRequestError(f"{section}.{name}", value, "unknown key", f"Known here: {', '.join(known)}.")
+        is_switch = known[name].cpp_type == known[name].CPPTYPE_BOOL
+        if (
+            value is None
+            or isinstance(value, bool)
+            and not is_switch
+            or isinstance(value, str)
+            and known[name].is_repeated
+        ):
+            problem, remedy = (
+                f"cannot be sent, being {value!r:.60}",
+                "Give a value of the field's type, or leave it out.",
+            )
+            raise InvalidRequestError(f"{section}.{name}", value, problem, remedy)
+        if isinstance(value, float) and value.is_integer() and known[name].cpp_type in _WHOLE:
+            value = int(value)  # as the engine takes it
         try:
             message.MergeFrom(kind(**{name: value}))
         except (TypeError, ValueError) as error:
             problem, remedy = f"cannot be sent ({error})", "Give a value of the field's type."
             raise InvalidRequestError(f"{section}.{name}", value, problem, remedy) from error
-    return {section: message}
+    return {section: message} if values else {}
 
 
 # From messages

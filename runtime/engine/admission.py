@@ -33,6 +33,10 @@ class Admission:
                 raise InvalidRequestError("session_id", request.session_id, problem, remedy)
         self._requests[request.request_id] = request.session_id
 
+    def holds(self, request_id: str) -> bool:
+        """Whether the request has been taken in and is not over."""
+        return request_id in self._requests
+
     def end(self, request_id: str) -> None:
         """The request is over; its id may be used again."""
         self._requests.pop(request_id, None)
@@ -49,6 +53,10 @@ class Admission:
             remedy = "Try again later, or raise it together with scheduler.max_sequences."
             raise ResourceExhaustedError("scheduler.max_sessions", limit, problem, remedy)
         self._sessions.add(session_id)
+
+    def has_session(self, session_id: str) -> bool:
+        """Whether the conversation is open."""
+        return session_id in self._sessions
 
     def close(self, session_id: str) -> None:
         """The conversation is over."""

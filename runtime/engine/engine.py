@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +20,8 @@ from runtime.core import Bigrams
 from runtime.engine.admission import Admission
 from runtime.engine.scheduler import TOP_K, Scheduler, Step
 from runtime.engine.session import Session
-from runtime.errors import InvalidRequestError, NumericsError
+from runtime.engine.turn import Turn
+from runtime.errors import ConfigError, InvalidRequestError, NumericsError, ResourceExhaustedError, WorkerError
 from runtime.lookahead.knowledge import Knowledge
 from runtime.model.loader import checked_model
 from runtime.model.shard import HeadShard
@@ -61,7 +64,11 @@ class EngineStats:
 
 
 class Engine:
-    """Decodes requests step by step on a mesh of workers. Not thread-safe; runtime.engine.loop makes it so."""
+    """Decodes requests step by step on a mesh of workers.
+
+    Any number of `generate` and `stream` may go on at once, one inside another or on several threads: whichever of them
+    runs a step hands the others their outputs. Who calls `step` gets those of the requests added by hand.
+    """
 
     def __init__(self, config: Config, spec: ModelSpec, tokenizer: Tokenizer, executor: Executor) -> None:
         self.config, self.spec, self.tokenizer = config, spec, tokenizer
@@ -75,6 +82,12 @@ class Engine:
         """Tokens one slot keeps; under policy full, prompt and output together."""
         self._aborted: set[str] = set()
         self._ids = itertools.count()
+        self._turn = Turn()
+        """Held by whoever steps, or changes what the next step does."""
+        self._inboxes: dict[str, deque[StepOutput]] = {}
+        """What has come for each request of `generate` and `stream`, and is not read yet."""
+        self._process = os.getpid()
+        self._closed = False
 
     @classmethod
     def from_config(
@@ -85,6 +98,10 @@ class Engine:
 
         Raises ConfigError where the configuration cannot be run, WorkerError where the workers do not start.
         """
+        if not isinstance(config, Config | Mapping | str | PurePath | None):
+            problem = f"is of type {type(config).__name__}"
+            remedy = "Hand in a Config, a mapping of its sections, or the name of a YAML file."
+            raise ConfigError("config", config, problem, remedy)
         if not isinstance(config, Config):
             config = Config.from_dict(config) if isinstance(config, Mapping) else Config.load(config)
         if config.is_open:
@@ -174,6 +191,9 @@ class Engine:
 
         With a `session`, the request is its next turn, and the prompt what the turn appends. Safe from any thread.
         """
+        if session is not None and not isinstance(session, Session):
+            problem, remedy = f"is of type {type(session).__name__}", "Hand in what open_session has given."
+            raise InvalidRequestError("session", session, problem, remedy)
         goes_on = session is not None and session.num_turns > 0
         prompt = as_prompt(prompt)
         sampling = _parameters("sampling", sampling, self.config.sampling)
@@ -200,7 +220,12 @@ class Engine:
         """In a chat, the token with which the chat template ends an answer ends it, whether or not the model's
         configs know of it."""
         end = self.tokenizer.turn_end_id
-        if end is None or sampling.ignore_eos or end in (*sampling.stop_token_ids, *self.spec.eos_token_ids):
+        if (
+            end is None
+            or end >= self.spec.vocab_size
+            or sampling.ignore_eos
+            or end in (*sampling.stop_token_ids, *self.spec.eos_token_ids)
+        ):
             return sampling
         return sampling.model_copy(update={"stop_token_ids": (*sampling.stop_token_ids, end)})
 
@@ -249,16 +274,22 @@ class Engine:
         return self.capacity - (always if request.session_id is not None else 0)
 
     def add_request(self, request: Request) -> None:
-        """Queue a request. Raises InvalidRequestError, or ResourceExhaustedError where the queue is full."""
+        """Queue a request. Raises InvalidRequestError, ResourceExhaustedError where the queue is full, or WorkerError
+        once the engine is closed."""
         self.validate(request)
-        self._admission.admit(request)
-        self._measuring = None
-        self._scheduler.add(request)
-        self.stats.num_requests += 1
+        self._check_open()
+        with self._turn:
+            self._admission.admit(request)
+            self._measuring = None
+            self._scheduler.add(request)
+            self.stats.num_requests += 1
 
     def abort(self, request_id: str) -> None:
-        """Withdraw a request: its slot is free before the next step, its last output says CANCELLED."""
-        self._aborted.add(request_id)
+        """Withdraw a request: its slot is free before the next step, its last output says CANCELLED. One that has ended
+        is not touched."""
+        with self._turn:
+            if self._admission.holds(request_id):
+                self._aborted.add(request_id)
 
     def open_session(self, session_id: str | None = None) -> Session:
         """Start a conversation, which holds its cache slot from its first turn on.
@@ -266,17 +297,22 @@ class Engine:
         Raises InvalidRequestError where the id is in use, ResourceExhaustedError where too many are open.
         """
         session = Session(session_id if session_id is not None else f"session-{next(self._ids)}")
-        self._admission.open(session.session_id)
-        self._measuring = None
-        self._scheduler.open_session(session.session_id)
+        self._check_open()
+        with self._turn:
+            self._admission.open(session.session_id)
+            self._measuring = None
+            self._scheduler.open_session(session.session_id)
         return session
 
     def close_session(self, session: Session) -> None:
-        """End a conversation: a running turn is withdrawn, and the slot is free before the next step."""
-        self._admission.close(session.session_id)
-        request_id = self._scheduler.close_session(session.session_id)
-        if request_id is not None:
-            self.abort(request_id)
+        """End a conversation: a running turn is withdrawn, and the slot is free before the next step. Idempotent."""
+        with self._turn:
+            if not self._admission.has_session(session.session_id):
+                return
+            self._admission.close(session.session_id)
+            request_id = self._scheduler.close_session(session.session_id)
+            if request_id is not None:
+                self.abort(request_id)
 
     @property
     def has_work(self) -> bool:
@@ -293,12 +329,23 @@ class Engine:
     # One step
 
     def step(self) -> list[StepOutput]:
-        """Admit, plan, execute, verify, emit. Raises WorkerError if the workers fail."""
-        outputs = self._step()
-        for output in outputs:
-            if output.finish_reason is not None:
-                self._admission.end(output.request_id)
-        return outputs
+        """Admit, plan, execute, verify, emit. Raises WorkerError if the workers fail, or the engine is closed."""
+        self._check_open()
+        with self._turn:
+            outputs = self._step()
+            for output in outputs:
+                if output.finish_reason is not None:
+                    self._admission.end(output.request_id)
+                if output.request_id in self._inboxes:
+                    self._inboxes[output.request_id].append(output)
+            return [output for output in outputs if output.request_id not in self._inboxes]
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._process:
+            problem = f"the engine belongs to process {self._process}, from which this one was forked"
+            raise WorkerError(f"{problem}. Make an engine in this process, or start it by spawning.")
+        if self._closed:
+            raise WorkerError("the engine is closed. Make another, or use it inside its `with` block.")
 
     def _step(self) -> list[StepOutput]:
         started = time.perf_counter()
@@ -389,12 +436,13 @@ class Engine:
         requests = [self.make_request(prompt, sampling, lookahead) for prompt in as_prompts(prompts)]
         runs: dict[str, list[StepOutput]] = {request.request_id: [] for request in requests}
         pending = deque(requests)
-        while pending or any(not run or run[-1].finish_reason is None for run in runs.values()):
-            while pending and self.num_waiting + self.num_running < self.config.scheduler.max_sequences:
-                self.add_request(pending.popleft())
-            for output in self.step():
-                if output.request_id in runs:
-                    runs[output.request_id].append(output)
+        with self._expecting(runs):
+            while pending or any(not run or run[-1].finish_reason is None for run in runs.values()):
+                with self._turn:
+                    while pending and self.num_waiting + self.num_running < self.config.scheduler.max_sequences:
+                        self.add_request(pending.popleft())
+                    for output in self._next_of(runs):
+                        runs[output.request_id].append(output)
         return [self._completion(request, runs[request.request_id]) for request in requests]
 
     def stream(
@@ -409,19 +457,43 @@ class Engine:
         Leaving the iterator early withdraws the request.
         """
         request = self.make_request(prompt, sampling, lookahead, session=session)
-        self.add_request(request)
-        finished = False
+        with self._expecting([request.request_id]) as expected:
+            self.add_request(request)
+            while True:
+                for output in self._next_of(expected):
+                    if session is not None:
+                        session.take(output)
+                    yield output
+                    if output.finish_reason is not None:
+                        return
+
+    @contextmanager
+    def _expecting(self, request_ids: Iterable[str]) -> Iterator[list[str]]:
+        """Keep what comes for these requests, whoever steps, for `_next_of`; at the end, withdraw what still runs."""
+        expected = list(request_ids)
+        with self._turn:
+            self._inboxes |= {request_id: deque() for request_id in expected}
         try:
-            while not finished:
-                for output in self.step():
-                    if output.request_id == request.request_id:
-                        finished = output.finish_reason is not None
-                        if session is not None:
-                            session.take(output)
-                        yield output
+            yield expected
         finally:
-            if not finished:
-                self.abort(request.request_id)
+            if os.getpid() == self._process:  # a fork has the lock as it was
+                with self._turn:
+                    for request_id in expected:
+                        del self._inboxes[request_id]
+                        self.abort(request_id)
+
+    def _next_of(self, request_ids: Iterable[str]) -> list[StepOutput]:
+        """What has come for requests that are expected, after a step if there is nothing yet."""
+        with self._turn:
+            if not any(self._inboxes[request_id] for request_id in request_ids):
+                was_idle, num_waiting = not self.num_running, self.num_waiting
+                self.step()
+                if was_idle and not self.num_running and num_waiting and self.num_waiting == num_waiting:
+                    problem, remedy = "open conversations hold every slot", "Close one first, or raise it."
+                    limit = self.config.scheduler.max_sequences
+                    raise ResourceExhaustedError("scheduler.max_sequences", limit, problem, remedy)
+            boxes = [self._inboxes[request_id] for request_id in request_ids]
+            return [box.popleft() for box in boxes for _ in range(len(box))]
 
     def _completion(self, request: Request, run: list[StepOutput]) -> Completion:
         ids = tuple(token for output in run for token in output.token_ids)
@@ -435,8 +507,10 @@ class Engine:
         )
 
     def close(self) -> None:
-        """End the workers."""
-        self.executor.close()
+        """End the workers; nothing is decoded any more. Idempotent. Does nothing in a process forked from its own."""
+        if os.getpid() == self._process:
+            self._closed = True
+            self.executor.close()
 
     def __enter__(self) -> Engine:
         return self

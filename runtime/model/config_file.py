@@ -19,6 +19,8 @@ COUNTS = (
     "vocab_size",
     "max_position_embeddings",
 )
+MOST_LAYERS = 10_000
+"""More is a broken file, and would take its time to be found out."""
 OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")
 SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 ROPE_NEEDS = {
@@ -67,6 +69,8 @@ class Values:
             least = 0 if key == "max_window_layers" else 1
             if not _is_number(value) or value != int(value) or value < least:
                 raise self.refused(key, "is not a positive whole number")
+        if self.raw["num_hidden_layers"] > MOST_LAYERS:
+            raise self.refused("num_hidden_layers", f"is more than {MOST_LAYERS}")
         for key in SWITCHES:
             if key in self.raw and not isinstance(self.raw[key], bool):
                 raise self.refused(key, "is neither true nor false")
@@ -86,15 +90,30 @@ class Values:
             raise self.refused("partial_rotary_factor", "is not supported: heads are rotated whole")
         if "rope_theta" in self.raw:
             self._positive("rope_theta")
+        newer, older = self.raw.get("rope_parameters"), self.raw.get("rope_scaling")
+        if newer and older and newer != older:
+            raise self.refused("rope_scaling", "says otherwise than rope_parameters")
         for key in ("rope_parameters", "rope_scaling"):
             given = self.raw.get(key)
             if given is None:
                 continue
             if not isinstance(given, Mapping):
                 raise self.refused(key, "is not an object")
+            for name, value in given.items():
+                if isinstance(value, Mapping):
+                    raise self.refused(f"{key}.{name}", "is for some layers only, which is not supported")
             kind = given.get("rope_type", given.get("type", "default"))
             if not isinstance(kind, str):
                 raise self.refused(f"{key}.rope_type", "is not a name")
+            theta = given.get("rope_theta")
+            if theta is not None and self.raw.get("rope_theta", theta) != theta:
+                raise self.refused(f"{key}.rope_theta", f"says otherwise than rope_theta = {self.raw['rope_theta']!r}")
+            if given.get("type", kind) != kind:
+                raise self.refused(f"{key}.type", f"says otherwise than rope_type = {kind!r}")
+            if kind == "default" and given.get("factor") not in (None, 1):
+                raise self.refused(f"{key}.factor", "goes with a rope_type, such as linear, and there is none")
+            if not isinstance(given.get("truncate", True), bool):
+                raise self.refused(f"{key}.truncate", "is neither true nor false")
             for number in ROPE_NUMBERS:
                 if number in given and not (given[number] is None and number not in ROPE_NEEDS.get(kind, ())):
                     self._positive(f"{key}.{number}")

@@ -39,6 +39,8 @@ PLAIN = {0: ("F32", 4), 1: ("F16", 2), 30: ("BF16", 2)}
 """Types kept as they are, by GGMLQuantizationType; all others become float32, their exact values."""
 CHUNK = 1 << 22
 """Elements dequantised at a time, per thread."""
+STEM = 40
+"""Characters of a file's name in that of its folder, which with its lock and scratch must not be too long a name."""
 TELL_EVERY_S = 10.0
 SAMPLES, SAMPLE = 64, 4096
 """How many pieces of a file are looked at to tell whether it is still the same, and their bytes."""
@@ -63,7 +65,7 @@ def converted(source: Path) -> Path:
     Raises ConfigError for a file that is broken or cannot be run, before anything is written.
     """
     paths = parts(source)
-    name = f"{paths[0].stem}-{_key(paths)}"
+    name = f"{paths[0].stem[:STEM]}-{_key(paths)}"
     if (target := cache_root() / "gguf" / name).is_dir() or (target := writable("gguf") / name).is_dir():
         return target
     try:

@@ -163,7 +163,7 @@ def hugging_face_config(file: GGUFFile) -> tuple[dict[str, Any], dict[str, Any]]
     if embedding is None or len(embedding.shape) != 2:
         raise refused(file.paths[0], "it has no tensor token_embd.weight", "Fetch it again.")
     vocab_size = embedding.shape[0]
-    special = {name: data.token_id(name, vocab_size) for name in ("bos", "padding", *END_TOKENS)}
+    special = {name: data.token_id(name, vocab_size) for name in ("bos", "padding", "unknown", *END_TOKENS)}
     ends = list(dict.fromkeys(special[name] for name in END_TOKENS if special[name] is not None))
     names = {hugging_face_name(name) for name in file.tensors}
     architecture = ARCHITECTURES[data.architecture]

@@ -19,6 +19,9 @@ PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
+MAGIC = b"GGUF"
+DEEPEST = 4
+"""Arrays inside one another; none is known that has more than one."""
 ALIGNMENT = 32
 """Of tensors, in bytes, where the file does not say."""
 
@@ -53,9 +56,12 @@ class GGUFFile:
         """The heads of all parts, whichever of them `path` names. Raises ConfigError."""
         paths = parts(path)
         metadata, tensors = _read_head(paths[0])
-        count = metadata.get("split.count", 1)
+        number, count = metadata.get("split.no", 0), metadata.get("split.count", 1)
+        for name, value in (("split.no", number), ("split.count", count)):
+            if type(value) is not int:
+                raise refused(path, f"its {name} = {value!r:.60} is not a whole number", "Fetch it again.")
         if count not in (0, 1) and count != len(paths):
-            problem = f"is part {metadata.get('split.no', 0) + 1} of {count}, but its name does not say so"
+            problem = f"is part {number + 1} of {count}, but its name does not say so"
             raise refused(path, problem, f"Name the parts as they were, NAME-00001-of-{count:05d}.gguf.")
         for number, part in enumerate(paths[1:], start=1):
             others, more = _read_head(part)
@@ -81,8 +87,20 @@ def parts(path: Path) -> tuple[Path, ...]:
     if not 1 <= int(name["number"]) <= count:
         raise refused(path, "its name says that it is a part that there is not", "Name the parts as they were.")
     if missing := [part.name for part in found if not part.is_file()]:
-        raise refused(path, f"the model's other parts are missing: {', '.join(missing)}", "Put all parts side by side.")
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise refused(path, f"the model's other parts are missing: {names}", "Put all parts side by side.")
     return found
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file says so by its name, or by how it begins. Raises ConfigError if it cannot be read."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise refused(path, error.strerror or "cannot be read", "Mend what keeps it from being read.") from error
 
 
 def refused(path: Path, problem: str, remedy: str) -> ConfigError:
@@ -116,14 +134,16 @@ class _Head:
         # Vocabularies have been seen that hold halves of characters.
         return self.content[start : start + length].decode("utf-8", errors="replace")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
         if kind == STRING:
             return self.text()
         if kind == ARRAY:
             inner, count = self.numbers("I")[0], self.numbers("Q")[0]
             if inner in SCALARS:
                 return list(self.numbers(SCALARS[inner], count))
-            return [self.value(inner) for _ in range(count)]
+            if depth >= DEEPEST:
+                raise _Broken("an array has arrays in it, too many in one another")
+            return [self.value(inner, depth + 1) for _ in range(count)]
         if kind not in SCALARS:
             raise _Broken(f"a value has type {kind}, which there is not")
         return self.numbers(SCALARS[kind])[0]
@@ -142,9 +162,9 @@ def _read_head(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
 
 
 def _parse(path: Path, head: _Head) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    if bytes(head.content[:4]) != b"GGUF":
+    if bytes(head.content[: len(MAGIC)]) != MAGIC:
         raise _Broken("it does not begin with GGUF")
-    head.skip(4)
+    head.skip(len(MAGIC))
     (version,) = head.numbers("I")
     if version not in VERSIONS:
         big_endian = version & 0xFFFF == 0
@@ -154,6 +174,8 @@ def _parse(path: Path, head: _Head) -> tuple[dict[str, Any], dict[str, StoredTen
     metadata: dict[str, Any] = {}
     for _ in range(num_values):
         key = head.text()
+        if key in metadata:
+            raise _Broken(f"it has the key {key} twice")
         metadata[key] = head.value(head.numbers("I")[0])
     rows: list[tuple[str, tuple[int, ...], int, int]] = []
     for _ in range(num_tensors):

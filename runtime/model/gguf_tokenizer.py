@@ -79,8 +79,8 @@ def _build(file: GGUFFile) -> tuple[Tokenizer, dict[str, str]]:
     from tokenizers import AddedToken, processors
 
     data = file.metadata
-    tokens, types = _list(file, "tokens", str), data.get("tokenizer.ggml.token_type")
-    types = [NORMAL] * len(tokens) if types is None else types
+    tokens = _list(file, "tokens", str)
+    types = _list(file, "token_type", int) if "tokenizer.ggml.token_type" in data else [NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise _broken(file, f"it has {len(tokens)} tokens and the types of {len(types)}")
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -107,8 +107,8 @@ def _build(file: GGUFFile) -> tuple[Tokenizer, dict[str, str]]:
         token_id = data.get(f"tokenizer.ggml.{name}_token_id")
         if isinstance(token_id, int) and 0 <= token_id < len(tokens):
             special[attribute] = tokens[token_id]
-    before = special.get("bos_token") if data.get("tokenizer.ggml.add_bos_token", begins) else None
-    behind = special.get("eos_token") if data.get("tokenizer.ggml.add_eos_token", False) else None
+    before = special.get("bos_token") if _switch(file, "add_bos_token", begins) else None
+    behind = special.get("eos_token") if _switch(file, "add_eos_token", False) else None
     around = [token for token in (before, behind) if token]
     if around:
         single = [*([before] if before else []), "$A", *([behind] if behind else [])]
@@ -123,7 +123,7 @@ def _byte_level(file: GGUFFile, vocabulary: dict[str, int]) -> tuple[Tokenizer, 
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     name = file.metadata.get("tokenizer.ggml.pre", "default")
-    if name not in SPLITS:
+    if not isinstance(name, str) or name not in SPLITS:
         problem = f"its tokenizer.ggml.pre = {name!r} is not supported"
         raise refused(file.paths[0], problem, f"Supported: {', '.join(sorted(SPLITS))}.")
     split = SPLITS[name]
@@ -152,7 +152,7 @@ def _sentencepiece(file: GGUFFile, vocabulary: dict[str, int]) -> tuple[Tokenize
         fuse_unk=True,
         byte_fallback=True,
     )
-    prefixed = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    prefixed = _switch(file, "add_space_prefix", True)
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
         replacement=SPACE, prepend_scheme="first" if prefixed else "never", split=False
@@ -179,6 +179,13 @@ def _list(file: GGUFFile, name: str, kind: type) -> list[Any]:
         raise _broken(file, f"its tokenizer.ggml.{name} is missing, or no list of such values")
     if name == "scores" and len(found) != len(file.metadata["tokenizer.ggml.tokens"]):
         raise _broken(file, f"its tokenizer.ggml.{name} has {len(found)} entries, unlike its vocabulary")
+    return found
+
+
+def _switch(file: GGUFFile, name: str, default: bool) -> bool:
+    found = file.metadata.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(found, bool):
+        raise _broken(file, f"its tokenizer.ggml.{name} = {found!r:.60} is neither true nor false")
     return found
 
 

@@ -30,19 +30,26 @@ def resolve_model(path: str | None) -> Path:
     a hub id, downloaded if need be. Safe to call from several processes at once. Raises ConfigError.
     """
     from runtime.model.gguf import converted, embedded_file
+    from runtime.model.gguf_file import is_gguf
     from runtime.model.hub import fetched
 
     if path is None:
         return converted(embedded_file())
-    local = Path(path).expanduser()
-    if local.is_dir():
+    try:
+        local = Path(path).expanduser()
+        is_directory, is_there = local.is_dir(), local.exists()
+        path.encode()
+    except (OSError, RuntimeError, UnicodeError) as error:  # a name too long, a home that is not there, odd bytes
+        problem = f"cannot be looked for ({getattr(error, 'strerror', None) or error})"
+        raise ConfigError("model.path", path, problem, "Check the path.") from error
+    if is_directory:
         return local
-    if local.suffix == ".gguf":
-        if not local.is_file():
-            raise ConfigError("model.path", path, "no such file", "Check the path.")
+    if is_there and is_gguf(local):
         return converted(local)
-    if local.exists():
-        raise ConfigError("model.path", path, "is neither a directory nor a .gguf file", "Name the model's directory.")
+    if is_there:
+        raise ConfigError("model.path", path, "is neither a directory nor a GGUF file", "Name the model's directory.")
+    if local.suffix.lower() == ".gguf":
+        raise ConfigError("model.path", path, "no such file", "Check the path.")
     return fetched(path)
 
 

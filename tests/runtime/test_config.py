@@ -181,3 +181,35 @@ def test_files_in_any_unicode_encoding_and_no_key_twice(tmp_path):
 def test_an_unknown_key_is_asked_about(override, meant):
     with pytest.raises(ConfigError, match=rf"Did you mean {meant}\?"):
         Config.load(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: SamplingParams(max_new_tokens=True), "max_new_tokens"),
+        (lambda: SamplingParams(temperature=True), "temperature"),
+        (lambda: SamplingParams(stop_token_ids=[1, True]), "stop_token_ids"),
+        (lambda: SamplingParams(max_tokens=5), "max_tokens"),
+        (lambda: SamplingParams(top_p=1.5), "top_p"),
+        (lambda: LookaheadConfig(sources="suffix"), "sources"),
+        (lambda: SamplingParams().merged({"seed": False}), "seed"),
+        (lambda: SamplingParams().merged({"temperature": "0.5"}), "temperature"),
+    ],
+)
+def test_a_request_made_in_python_is_refused_by_field_value_and_remedy(make, field):
+    with pytest.raises(InvalidRequestError) as caught:
+        make()
+    assert caught.value.field == field and caught.value.remedy
+
+
+def test_a_switch_is_no_number_in_a_config_either():
+    for tree in ({"parallel": {"lp": True}}, {"server": {"session_idle_timeout_s": True}}):
+        with pytest.raises(ConfigError, match="neither true nor false"):
+            Config.from_dict(tree)
+    assert Config.from_dict({"lookahead": {"enabled": False}}).lookahead.enabled is False
+    with pytest.raises(ConfigError, match="threads = 1000000000"):
+        Config.load(None, ["parallel.threads=1e9"])
+
+
+def test_a_path_may_be_a_path(tmp_path):
+    assert Config.from_dict({"model": {"path": tmp_path}}).model.path == str(tmp_path)

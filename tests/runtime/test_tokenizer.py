@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -465,3 +466,22 @@ def test_the_end_of_a_turn_is_the_templates(
     assert byte_level.turn_end_id == 2  # <|im_end|>
     save_byte_tokenizer(tmp_path)
     assert Tokenizer(tmp_path).turn_end_id is None  # nothing, or a line break, is no token to end at
+
+
+def test_code_beside_a_tokenizer_is_not_run_and_nobody_is_asked(tiny_model, tmp_path, capfd):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    content = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}
+    path.write_text(json.dumps(content | {"tokenizer_class": "Tokenizer"}))
+    with pytest.raises(ConfigError, match="auto_map"):
+        Tokenizer(tmp_path / "model")
+    assert "[y/N]" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_byte_order_mark_that_transformers_cannot_read_is_named(tiny_model, tmp_path, name):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    path = tmp_path / "model" / name
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    with pytest.raises(ConfigError, match=f"{name} begins with a byte order mark"):
+        Tokenizer(tmp_path / "model")

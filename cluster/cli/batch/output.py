@@ -215,7 +215,8 @@ def open_output(target: Path, source: os.stat_result, resume: bool) -> Stream:
     about: os.stat_result | None
     try:
         if is_standard:
-            about = os.fstat(sys.stdout.fileno()) if sys.stdout is not None else os.fstat(-1)
+            is_closed = sys.stdout is None or sys.__stdout__ is None  # the null device may stand in for it
+            about = os.fstat(-1 if is_closed else sys.stdout.fileno())
         elif inherited is not None:
             about = os.fstat(inherited)
         else:

@@ -789,3 +789,9 @@ def test_exit_codes_of_what_cannot_be_and_of_a_full_disk(place, tmp_path):
         process = command(*arguments)
         _, err = process.communicate()
         assert process.returncode == code and err.startswith("outrider: ") and "Traceback" not in err
+
+
+def test_a_standard_output_that_is_closed_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "__stdout__", None)  # a device stands in for it by then, and would keep nothing
+    with pytest.raises(ConfigError, match="OUT = '-': cannot be written"):
+        output.open_output(Path("-"), os.stat("/dev/null"), resume=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import commands as cli
-from cluster.cli import options, terminal
+from cluster.cli import options, streams, terminal
 from cluster.client import backends
 from cluster.wire.answers import Chunk
 from runtime import progress
@@ -255,3 +256,8 @@ def test_an_output_that_cannot_show_a_character(model, arguments):
 def test_a_reader_that_has_gone(model, shell):
     done = piped("generate", "abc", "--max-new-tokens", "300", "--ignore-eos", *plain(model), shell=shell)
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+
+
+def test_a_prompt_on_standard_input_keeps_its_line_ends(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\ufeffé\r\nb\r".encode())))
+    assert streams.read_text() == "é\r\nb\r"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from runtime import Config, Engine, InvalidRequestError, LookaheadConfig, ResourceExhaustedError, SamplingParams
 from runtime.equality import Equality, hugging_face_gap
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, WorkerError
 from runtime.request import FinishReason
 from runtime.tuning.cost import CostCurve
 from tests.models import save_tiny_model
@@ -268,3 +270,97 @@ def test_broken_weights_are_named_before_workers_start(tmp_path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ConfigError, match="model.safetensors: is empty"):
         Engine.from_config({"model": {"path": str(tmp_path)}, "parallel": {"tp": 2}})
+
+
+TEN = SamplingParams(max_new_tokens=10, ignore_eos=True)
+
+
+def in_turns(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    """The answers of streams that are read in turns, one piece each."""
+    streams = {index: engine.stream(prompt, TEN) for index, prompt in enumerate(prompts)}
+    found: list[list[int]] = [[] for _ in prompts]
+    while streams:
+        for index, stream in list(streams.items()):
+            output = next(stream, None)
+            if output is None:
+                del streams[index]
+            else:
+                found[index] += output.token_ids
+    return found
+
+
+def test_streams_and_generate_inside_one_another_lose_nothing(engine):
+    prompts = make_prompts(6, seed=11)  # more than there are slots
+    alone = [list(engine.generate([prompt], TEN)[0].token_ids) for prompt in prompts]
+    assert in_turns(engine, prompts) == alone
+    outer: list[int] = []
+    for number, output in enumerate(engine.stream(prompts[0], TEN)):
+        outer += output.token_ids
+        if number == 1:
+            inner = engine.generate(prompts[1:], TEN)
+    assert outer == alone[0] and [list(completion.token_ids) for completion in inner] == alone[1:]
+    assert not engine.has_work
+
+
+def test_threads_may_ask_at_the_same_time(engine):
+    prompts = make_prompts(8, seed=12)
+    alone = [list(engine.generate([prompt], TEN)[0].token_ids) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        asked = [threads.submit(engine.generate, [prompt], TEN) for prompt in prompts]
+        assert [list(future.result(60)[0].token_ids) for future in asked] == alone
+
+
+def test_an_interrupted_generate_withdraws_its_requests(engine, monkeypatch):
+    def interrupted(plan):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine.executor, "execute", interrupted)
+        engine.generate([[1], [2]], TEN)
+    engine.step()
+    assert not engine.has_work
+
+
+def test_a_closed_engine_says_so(tiny_model):
+    with Engine.from_config({"model": {"path": str(tiny_model)}, "lookahead": {"enabled": False}}) as engine:
+        stream = engine.stream([1, 2], TEN)
+        next(stream)
+    for use in (lambda: next(stream), lambda: engine.generate([1, 2]), engine.open_session, engine.step):
+        with pytest.raises(WorkerError, match="the engine is closed"):
+            use()
+    stream.close()
+    engine.close()
+
+
+def test_a_session_is_closed_once_and_is_a_session(engine):
+    session = engine.open_session()
+    for _ in range(2):
+        engine.close_session(session)
+    with pytest.raises(InvalidRequestError, match="^session = 'session-1': is of type str"):
+        engine.make_request([1], session="session-1")
+
+
+def test_a_forked_process_is_told_that_the_engine_is_not_its_own(engine):
+    ours, theirs = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            engine.generate([1, 2], TEN)
+        except BaseException as error:
+            os.write(theirs, f"{type(error).__name__}: {error}".encode())
+        os._exit(0)
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as said:
+        assert said.read().startswith(b"WorkerError: the engine belongs to process")
+    os.waitpid(child, 0)
+    assert engine.generate([1, 2], TEN)
+
+
+def test_a_conversation_in_the_only_slot_is_named_instead_of_waited_for(tiny_model):
+    config = {"model": {"path": str(tiny_model)}, "lookahead": {"enabled": False}, "scheduler": {"max_sequences": 1}}
+    with Engine.from_config(config) as engine:
+        session = engine.open_session()
+        assert list(engine.stream([1, 2], TEN, session=session))
+        with pytest.raises(ResourceExhaustedError, match="^scheduler.max_sequences = 1: open conversations hold"):
+            engine.generate([[1], [2]], TEN)
+        engine.close_session(session)
+        assert engine.generate([[1], [2]], TEN)

@@ -252,6 +252,12 @@ REFUSALS: dict[str, tuple[Callable[[dict, dict], object], str]] = {
     "end token": (put("tokenizer.ggml.eos_token_id", 5000), "eos_token_id = 5000"),
     "tokenizer": (put("tokenizer.ggml.model", "bert"), "tokenizer.ggml.model = 'bert'"),
     "cut": (put("tokenizer.ggml.pre", "chatglm-bpe"), "tokenizer.ggml.pre = 'chatglm-bpe'"),
+    "token types": (put("tokenizer.ggml.token_type", 1), "tokenizer.ggml.token_type"),
+    "cut that is no name": (put("tokenizer.ggml.pre", ["llama3"]), r"tokenizer.ggml.pre = \['llama3'\]"),
+    "a switch that is a text": (put("tokenizer.ggml.add_bos_token", "false"), "add_bos_token = 'false' is neither"),
+    "unknown token": (put("tokenizer.ggml.unknown_token_id", 5000), "unknown_token_id = 5000"),
+    "a part that is a text": (put("split.count", "2"), "split.count = '2' is not a whole number"),
+    "layers without end": (put("llama.block_count", 2**31), "num_hidden_layers = 2147483648 is more than"),
     "too many tokens": (put("tokenizer.ggml.tokens", [*symbols(), *map(str, range(10, 30))]), "276 tokens"),
     "integers": (
         lambda values, tensors: tensors.update({"output_norm.weight": (np.ones(64, np.int8), None)}),
@@ -288,12 +294,15 @@ def test_files_that_are_no_gguf_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
     write_gguf(file, gguf_model())
     whole = file.read_bytes()
+    key, nine = (1).to_bytes(8, "little") + b"a", (9).to_bytes(4, "little")
     cases = {
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0": "is a Git LFS pointer",
         b"<html>" + whole: "does not begin with GGUF",
         b"GGUF" + (3).to_bytes(4, "big") + whole[8:]: "big-endian",
         b"GGUF" + (9).to_bytes(4, "little") + whole[8:]: "GGUF version 9",
         whole[:16] + b"\xff" * 8 + whole[24:]: "no whole GGUF file",
+        whole[:16] + (2).to_bytes(8, "little") + 2 * (key + (7).to_bytes(4, "little") + b"\1"): "the key a twice",
+        whole[:16] + (1).to_bytes(8, "little") + key + nine + 5000 * (nine + (1).to_bytes(8, "little")): "array",
     }
     for content, said in cases.items():
         file.write_bytes(content)
@@ -326,3 +335,11 @@ def test_a_vocabulary_smaller_than_the_embedding_is_read(tmp_path: Path) -> None
     assert is_same(directory, model)
     assert Tokenizer(directory).vocab_size == 260 and load_spec(directory).vocab_size == VOCABULARY
     assert json.loads((directory / "generation_config.json").read_text())["eos_token_id"] == [259]
+
+
+@pytest.mark.parametrize("name", ["tiny.GGUF", "sha256-0123", f"{'x' * 240}.gguf"])
+def test_a_file_is_known_by_how_it_begins_whatever_its_name(tmp_path: Path, name: str) -> None:
+    model = gguf_model()
+    write_gguf(tmp_path / "tiny", model)
+    (tmp_path / "tiny").rename(tmp_path / name)
+    assert is_same(resolve_model(str(tmp_path / name)), model)

@@ -79,8 +79,11 @@ def test_paths_that_name_no_model_are_refused(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "notes.txt").write_text("no model")
     cases = {
         str(tmp_path / "missing.gguf"): "no such file",
-        str(tmp_path / "notes.txt"): "neither a directory nor a .gguf file",
+        str(tmp_path / "notes.txt"): "neither a directory nor a GGUF file",
         str(tmp_path / "missing"): "not a hub id",
+        "x" * 5000: "File name too long",
+        "~nobody-of-this-name/model": "home",
+        "\udcff": "surrogates",
         "some-organisation/some-model": "cannot be reached",
     }
     for path, problem in cases.items():

@@ -118,6 +118,13 @@ WRONG_VALUES: list[tuple[str, Any]] = [
             "original_max_position_embeddings": 16,
         },
     ),
+    ("rope_parameters", {"full_attention": ROPE, "sliding_attention": ROPE}),
+    ("rope_parameters", {**ROPE, "factor": 4.0}),
+    ("rope_parameters", {**ROPE, "rope_type": "default", "type": "linear", "factor": 4.0}),
+    ("rope_parameters", {**ROPE, "rope_type": "yarn", "factor": 4.0, "truncate": "no"}),
+    ("rope_scaling", {"type": "linear", "factor": 4.0}),  # beside rope_parameters, which say default
+    ("rope_theta", 2e4),
+    ("num_hidden_layers", 10**12),
     ("model_type", "mistral"),
 ]
 
