@@ -319,6 +319,11 @@ class Engine:
         return bool(self.num_running or self.num_waiting)
 
     @property
+    def can_step(self) -> bool:
+        """Whether a step would do something now."""
+        return bool(self._aborted) or self._scheduler.can_step
+
+    @property
     def num_running(self) -> int:
         return len(self._scheduler.running)
 

@@ -160,7 +160,7 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while self._obey():
-                if self.engine.has_work:
+                if self.engine.can_step:
                     for output in self.engine.step():
                         self._deliver(output)
             self._end_all(FinishReason.CANCELLED, None)
@@ -194,7 +194,7 @@ class EngineLoop:
                 self.engine.heartbeat()
 
     def _is_busy(self) -> bool:
-        return bool(self._commands) or self._closing or self.engine.has_work
+        return bool(self._commands) or self._closing or self.engine.can_step
 
     def _add(self, request: Request) -> None:
         try:

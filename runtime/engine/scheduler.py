@@ -105,6 +105,14 @@ class Scheduler:
         if sequence not in self.sessions.values():
             self._commits.pop(slot, None)
 
+    @property
+    def can_step(self) -> bool:
+        """Whether a step would do something: where open conversations hold all slots, the queue waits for one's end."""
+        if self.running or not self.waiting:
+            return bool(self.running)
+        held = sum(sequence is not None for sequence in self.sessions.values())
+        return held < self.config.scheduler.max_sequences or any(map(self._conversation_of, self.waiting))
+
     def admit(self) -> list[Request]:
         """Give the free slots to waiting requests, first come, first served; a conversation goes on in its own.
 

@@ -167,6 +167,8 @@ class ScriptedEngine:
     def has_work(self) -> bool:
         return bool(self._sequences)
 
+    can_step = has_work
+
     @property
     def num_running(self) -> int:
         return min(len(self._sequences), self.config.scheduler.max_sequences)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from queue import Queue
 
 import pytest
 
 from runtime import Config, Engine, InvalidRequestError, LookaheadConfig, ResourceExhaustedError, SamplingParams
+from runtime.engine.loop import EngineLoop
 from runtime.equality import Equality, hugging_face_gap
 from runtime.errors import ConfigError, WorkerError
-from runtime.request import FinishReason
+from runtime.request import FinishReason, StepOutput
 from runtime.tuning.cost import CostCurve
 from tests.models import save_tiny_model
 
@@ -364,3 +368,27 @@ def test_a_conversation_in_the_only_slot_is_named_instead_of_waited_for(tiny_mod
             engine.generate([[1], [2]], TEN)
         engine.close_session(session)
         assert engine.generate([[1], [2]], TEN)
+
+
+def test_a_loop_whose_slots_conversations_hold_waits_without_spinning(tiny_model):
+    config = {"model": {"path": str(tiny_model)}, "lookahead": {"enabled": False}, "scheduler": {"max_sequences": 1}}
+    outputs: Queue[StepOutput] = Queue()
+
+    def finished() -> StepOutput:
+        while (output := outputs.get(timeout=60)).finish_reason is None:
+            pass
+        return output
+
+    with Engine.from_config(config) as engine, closing(EngineLoop(engine)) as loop:
+        session = loop.open_session()
+        loop.submit(engine.make_request([1, 2], TEN, session=session), outputs.put)
+        assert finished().finish_reason is FinishReason.LENGTH
+        loop.submit(engine.make_request([3], TEN), outputs.put)
+        time.sleep(0.2)
+        before = time.process_time()
+        time.sleep(0.5)
+        assert outputs.empty() and time.process_time() - before < 0.25
+        loop.submit(engine.make_request([4], TEN, session=session), outputs.put)  # the conversation goes on meanwhile
+        assert finished().usage.num_prompt_tokens == 1
+        loop.close_session(session)
+        assert finished().finish_reason is FinishReason.LENGTH
