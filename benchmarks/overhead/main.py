@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -106,6 +107,7 @@ def measured(lp: int, tp: int, counts: Sequence[int], budgets: Sequence[int], st
         executor = LocalExecutor(config, spec, free_decoder)
     else:
         executor = MeshExecutor(config, spec, ProcessPool(free_decoder))
+    gc.freeze()  # as `outrider serve` does
     with closing(executor):
         for count in counts:
             for budget in budgets:

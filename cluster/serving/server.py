@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -200,6 +201,7 @@ class GenerationServer:
     async def open(self, engine: Engine) -> None:
         """Serve this engine, which stays the caller's to close."""
         events = asyncio.get_running_loop()
+        gc.freeze()  # what is here stays: looking through it for garbage would hold up a step for milliseconds
         self._loop = EngineLoop(
             engine, on_failure=lambda _: asyncio.run_coroutine_threadsafe(self._not_serving(), events)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -129,7 +130,9 @@ def serve(
     control, mesh = meshes.join(rank, parallel.lp, parallel.tp, device, store, layout)
     assert mesh is not None
     try:
-        _loop(Worker(config, spec, mesh, make_decoder), control, layout)
+        worker = Worker(config, spec, mesh, make_decoder)
+        gc.freeze()  # what is here stays: looking through it for garbage would hold up a step for milliseconds
+        _loop(worker, control, layout)
     finally:  # a peer that waits for this rank learns at once that it has gone
         mesh.close()
         control.close()

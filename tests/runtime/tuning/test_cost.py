@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,7 +58,8 @@ def test_a_running_curve_follows_what_steps_take_and_shrugs_at_a_hiccup():
     assert 1.0 < running.seconds[1] < 4.0  # somewhat slower too: the machine may be
 
 
-def test_a_start_takes_a_first_look_keeps_it_and_leaves_no_trace_in_the_cache(tiny_model, capsys):
+def test_a_start_takes_a_first_look_keeps_it_and_leaves_no_trace_in_the_cache(tiny_model, monkeypatch):
+    monkeypatch.setattr(cost, "STEADY", float("inf"))  # what other programs do here meanwhile is not the matter
     prompt, sampling = [3, 1, 4, 1, 5, 9, 2, 6], SamplingParams(max_new_tokens=24)
     config = config_of(tiny_model, scheduler={"max_sequences": 1, "max_rows": 48})
     with Engine.from_config(config.merged({"lookahead": PLAIN})) as engine:
@@ -78,7 +80,20 @@ def test_a_start_takes_a_first_look_keeps_it_and_leaves_no_trace_in_the_cache(ti
         assert not engine.measure_aside()
 
 
-def test_what_a_first_look_left_open_is_measured_while_nothing_is_to_be_done(tiny_model):
+def test_a_measurement_that_may_not_take_long_still_knows_the_curves_shape(tiny_model):
+    """A millisecond a row, and 20 at most: 64 rows are timed once, others up to the first that takes longer."""
+
+    class Slow:
+        def execute(self, plan):
+            time.sleep(plan.num_rows * 1e-3)
+
+    config, spec = config_of(tiny_model, scheduler={"max_sequences": 1, "max_rows": 96}), load_spec(tiny_model)
+    look = cost.Measurement(Slow(), config, spec, 8, rounds=2, budget_s=60, longest_s=0.02)
+    assert look.run().rows == (1, 2, 4, 6, 8, 12, 16, 17, 24, 64)
+
+
+def test_what_a_first_look_left_open_is_measured_while_nothing_is_to_be_done(tiny_model, monkeypatch):
+    monkeypatch.setattr(cost, "STEADY", float("inf"))
     prompt, sampling = [3, 1, 4, 1, 5, 9, 2, 6], SamplingParams(max_new_tokens=24)
     config = config_of(tiny_model, scheduler={"max_sequences": 2, "max_rows": 44})
     with Engine.from_config(config) as engine:
