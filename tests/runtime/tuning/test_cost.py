@@ -59,7 +59,7 @@ def test_a_running_curve_follows_what_steps_take_and_shrugs_at_a_hiccup():
 
 
 def test_a_start_takes_a_first_look_keeps_it_and_leaves_no_trace_in_the_cache(tiny_model, monkeypatch):
-    monkeypatch.setattr(cost, "STEADY", float("inf"))  # what other programs do here meanwhile is not the matter
+    monkeypatch.setattr(cost, "BUDGET_S", 3.0)  # where other programs work, too, enough for more than a look
     prompt, sampling = [3, 1, 4, 1, 5, 9, 2, 6], SamplingParams(max_new_tokens=24)
     config = config_of(tiny_model, scheduler={"max_sequences": 1, "max_rows": 48})
     with Engine.from_config(config.merged({"lookahead": PLAIN})) as engine:
@@ -93,7 +93,7 @@ def test_a_measurement_that_may_not_take_long_still_knows_the_curves_shape(tiny_
 
 
 def test_what_a_first_look_left_open_is_measured_while_nothing_is_to_be_done(tiny_model, monkeypatch):
-    monkeypatch.setattr(cost, "STEADY", float("inf"))
+    monkeypatch.setattr(cost, "BUDGET_S", 3.0)
     prompt, sampling = [3, 1, 4, 1, 5, 9, 2, 6], SamplingParams(max_new_tokens=24)
     config = config_of(tiny_model, scheduler={"max_sequences": 2, "max_rows": 44})
     with Engine.from_config(config) as engine:
