@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <stdexcept>
 #include <vector>
 
 namespace outrider {
@@ -69,6 +70,7 @@ class Rows {
         int parent = -1;
         for (const int token : chain) parent = add(token, parent, NOTHING);
         if (reaches_end) {
+            if (parent < 0) throw std::invalid_argument("a text's end is a token");
             root = parent;
             choose[root] = SAMPLE;
         }

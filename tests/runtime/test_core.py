@@ -127,6 +127,8 @@ def test_what_cannot_be_is_refused() -> None:
         Share(core.assemble([(rows, 0), (rows, 1), (rows, 0)], 1), sequences)
     with pytest.raises(ValueError, match="one result per wanted row"):
         Share(core.assemble([(rows, 0)], 1), sequences).spread(np.zeros((2, 1), np.int32))
+    with pytest.raises(ValueError, match="end is a token"):
+        SequenceRows(0).add_chain([], reaches_end=True)
     with pytest.raises(ValueError, match="out of order"):
         core.pull_rows(0, 1, 8, 1, 0, [2, 1])
 
