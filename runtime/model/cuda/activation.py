@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from runtime.model.cuda.jit import Pointer, jit, tl
+from runtime.model.cuda.jit import jit, tl
 from runtime.model.layers import activate
 
 KINDS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2}
@@ -21,7 +21,7 @@ def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 @jit
-def _gated(gate_up: Pointer, out: Pointer, INNER: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _gated(gate_up: tl.tensor, out: tl.tensor, INNER: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = column < INNER

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.model.cuda.arrays import ANCHOR_BIT, CHUNK, PAGE, CacheArrays, RowArrays
-from runtime.model.cuda.jit import Block, Pointer, jit, power_of_two, tl
+from runtime.model.cuda.jit import jit, power_of_two, tl
 
 LOG2_E = 1.4426950408889634
 MAX_PROGRAMS = 1024
@@ -122,8 +122,8 @@ def attend(
         **sizes,
         HAS_ANCHORS=has_anchors,
         BLOCK_M=tiling.block,
-        num_warps=4,
-        num_stages=2 if wide else 3,
+        num_warps=8 if head_dim > 128 and tiling.block > 16 else 4,
+        num_stages=2 if wide or tiling.block == 16 else 3,
     )
     _tail[(num_rows * num_kv,)](
         queries,
@@ -150,7 +150,7 @@ def attend(
 
 
 @jit
-def _fold(scores: Block, values: Block, best: Block, total: Block, mixed: Block) -> Block:
+def _fold(scores: tl.tensor, values: tl.tensor, best: tl.tensor, total: tl.tensor, mixed: tl.tensor) -> tl.tensor:
     """One more block of an online softmax in base 2. Where a row sees none of it, nothing changes, to the last bit."""
     higher = tl.maximum(best, tl.max(scores, 1))
     base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -163,23 +163,23 @@ def _fold(scores: Block, values: Block, best: Block, total: Block, mixed: Block)
 
 @jit
 def _dense(
-    queries: Pointer,
-    slot_queries: Pointer,
-    keys: Pointer,
-    values: Pointer,
-    head_stride: Block,
-    counts: Pointer,
-    tiles: Pointer,
-    positions: Pointer,
-    dense_stop: Pointer,
-    lists: Pointer,
-    tables: Pointer,
-    anchor_tables: Pointer,
-    lowest: Pointer,
-    anchors_from: Pointer,
-    anchors_to: Pointer,
-    parts_mixed: Pointer,
-    parts_sums: Pointer,
+    queries: tl.tensor,
+    slot_queries: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    head_stride: tl.tensor,
+    counts: tl.tensor,
+    tiles: tl.tensor,
+    positions: tl.tensor,
+    dense_stop: tl.tensor,
+    lists: tl.tensor,
+    tables: tl.tensor,
+    anchor_tables: tl.tensor,
+    lowest: tl.tensor,
+    anchors_from: tl.tensor,
+    anchors_to: tl.tensor,
+    parts_mixed: tl.tensor,
+    parts_sums: tl.tensor,
     NUM_ROWS: tl.constexpr,
     NUM_KV: tl.constexpr,
     GROUP: tl.constexpr,
@@ -261,21 +261,21 @@ def _dense(
 
 @jit
 def _tail(
-    queries: Pointer,
-    keys: Pointer,
-    values: Pointer,
-    head_stride: Block,
-    counts: Pointer,
-    positions: Pointer,
-    dense_stop: Pointer,
-    diverged: Pointer,
-    path_start: Pointer,
-    lists: Pointer,
-    tables: Pointer,
-    lowest: Pointer,
-    parts_mixed: Pointer,
-    parts_sums: Pointer,
-    out: Pointer,
+    queries: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    head_stride: tl.tensor,
+    counts: tl.tensor,
+    positions: tl.tensor,
+    dense_stop: tl.tensor,
+    diverged: tl.tensor,
+    path_start: tl.tensor,
+    lists: tl.tensor,
+    tables: tl.tensor,
+    lowest: tl.tensor,
+    parts_mixed: tl.tensor,
+    parts_sums: tl.tensor,
+    out: tl.tensor,
     NUM_ROWS: tl.constexpr,
     NUM_KV: tl.constexpr,
     GROUP: tl.constexpr,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from runtime.model.cuda.jit import Block, Pointer, jit, tl
+from runtime.model.cuda.jit import jit, tl
 
 BLOCK = 1024
 
@@ -21,11 +21,11 @@ def embed(tokens: torch.Tensor, table: torch.Tensor, start: int, count: int) -> 
 
 @jit
 def _embed(
-    tokens: Pointer,
-    table: Pointer,
-    start: Block,
-    count: Block,
-    out: Pointer,
+    tokens: tl.tensor,
+    table: tl.tensor,
+    start: tl.tensor,
+    count: tl.tensor,
+    out: tl.tensor,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from runtime.model.cuda.arrays import CacheArrays
 from runtime.model.cuda.attention import LOG2_E
-from runtime.model.cuda.jit import Block, Pointer, jit, power_of_two, tl
+from runtime.model.cuda.jit import jit, power_of_two, tl
 from runtime.model.cuda.norm import Norm
 
 
@@ -63,18 +63,18 @@ def rotate_and_store(
 
 @jit
 def _rotate_and_store(
-    qkv: Pointer,
-    turns: Pointer,
-    slot_turns: Pointer,
-    norm_weight: Pointer,
-    norm_floor: Block,
-    places: Pointer,
-    anchor_places: Pointer,
-    keys: Pointer,
-    values: Pointer,
-    head_stride: Block,
-    queries: Pointer,
-    slot_queries: Pointer,
+    qkv: tl.tensor,
+    turns: tl.tensor,
+    slot_turns: tl.tensor,
+    norm_weight: tl.tensor,
+    norm_floor: tl.tensor,
+    places: tl.tensor,
+    anchor_places: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    head_stride: tl.tensor,
+    queries: tl.tensor,
+    slot_queries: tl.tensor,
     NUM_HEADS: tl.constexpr,
     NUM_KV: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -125,13 +125,13 @@ def _rotate_and_store(
 
 @jit
 def _store(
-    to: Pointer,
-    x: Block,
-    y: Block,
-    row: Block,
-    places: Pointer,
-    anchor_places: Pointer,
-    real: Block,
+    to: tl.tensor,
+    x: tl.tensor,
+    y: tl.tensor,
+    row: tl.tensor,
+    places: tl.tensor,
+    anchor_places: tl.tensor,
+    real: tl.tensor,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
 ) -> None:

@@ -18,11 +18,6 @@ except ImportError:
     triton = tl = None
     HAS_TRITON = False
 
-Pointer = Any
-"""A tensor's first element, in a kernel's signature."""
-Block = Any
-"""A block of values inside a kernel, or a scalar."""
-
 
 def jit(function: Callable[..., Any]) -> Any:
     """triton.jit; without Triton the function as it is, which nobody calls then."""

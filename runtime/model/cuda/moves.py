@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from runtime.model.cuda.jit import Block, Pointer, jit, power_of_two, tl
+from runtime.model.cuda.jit import jit, power_of_two, tl
 
 MAX_PROGRAMS = 16
 """Programs per plane; each takes every so manieth move."""
@@ -27,10 +27,10 @@ def move(pool: torch.Tensor, header: torch.Tensor, lists: torch.Tensor) -> None:
 
 @jit
 def _move(
-    pool: Pointer,
-    plane_stride: Block,
-    header: Pointer,
-    lists: Pointer,
+    pool: tl.tensor,
+    plane_stride: tl.tensor,
+    header: tl.tensor,
+    lists: tl.tensor,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:

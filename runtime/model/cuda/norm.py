@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.model.cuda.jit import Block, Pointer, jit, power_of_two, tl
+from runtime.model.cuda.jit import jit, power_of_two, tl
 from runtime.model.layers import RMSNorm
 
 
@@ -48,12 +48,12 @@ def add_norm(hidden: torch.Tensor, added: torch.Tensor | None, norm: Norm) -> to
 
 @jit
 def _add_norm(
-    hidden: Pointer,
-    added: Pointer,
-    weight: Pointer,
-    floor: Block,
-    root: Block,
-    out: Pointer,
+    hidden: tl.tensor,
+    added: tl.tensor,
+    weight: tl.tensor,
+    floor: tl.tensor,
+    root: tl.tensor,
+    out: tl.tensor,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_ADDED: tl.constexpr,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from runtime.model.cuda.jit import Pointer, jit, power_of_two, tl
+from runtime.model.cuda.jit import jit, power_of_two, tl
 from runtime.model.sampler import BLOCK, Logits
 
 
@@ -64,11 +64,11 @@ def top(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch
 
 @jit
 def _blocks(
-    logits: Pointer,
-    blocks: Pointer,
-    num_rows: Pointer,
-    size: Pointer,
-    num_blocks: Pointer,
+    logits: tl.tensor,
+    blocks: tl.tensor,
+    num_rows: tl.tensor,
+    size: tl.tensor,
+    num_blocks: tl.tensor,
     BLOCK: tl.constexpr,
     TOGETHER: tl.constexpr,
 ) -> None:
@@ -88,15 +88,15 @@ def _blocks(
 
 @jit
 def _rows(
-    logits: Pointer,
-    blocks: Pointer,
-    values: Pointer,
-    places: Pointer,
-    whole: Pointer,
-    num_rows: Pointer,
-    size: Pointer,
-    num_blocks: Pointer,
-    k: Pointer,
+    logits: tl.tensor,
+    blocks: tl.tensor,
+    values: tl.tensor,
+    places: tl.tensor,
+    whole: tl.tensor,
+    num_rows: tl.tensor,
+    size: tl.tensor,
+    num_blocks: tl.tensor,
+    k: tl.tensor,
     BLOCK: tl.constexpr,
     ALL_BLOCKS: tl.constexpr,
     KEPT: tl.constexpr,
