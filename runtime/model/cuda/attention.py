@@ -122,7 +122,7 @@ def attend(
         **sizes,
         HAS_ANCHORS=has_anchors,
         BLOCK_M=tiling.block,
-        num_warps=8 if head_dim > 128 and tiling.block > 16 else 4,
+        num_warps=8 if (tiling.block, sizes["BLOCK_D"]) in ((16, 128), (32, 256)) else 4,  # with 4 registers spill
         num_stages=2 if wide or tiling.block == 16 else 3,
     )
     _tail[(num_rows * num_kv,)](
