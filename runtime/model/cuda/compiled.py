@@ -82,7 +82,8 @@ def cases(dtypes: Sequence[torch.dtype], head_dims: Sequence[int]) -> Iterator[t
                 for window in (None, 4096):
                     what = f"{name} d={head_dim} T={num_rows}" + (" window" if window else "")
                     yield what, partial(_attend, dtype, head_dim, num_rows, window)
-    yield "", partial(top, empty(64, VOCABULARY), 8)
+    yield "k=8", partial(top, empty(64, VOCABULARY), 8)
+    yield "k=1", partial(top, empty(1, VOCABULARY), 1)
 
 
 def _move(dtype: torch.dtype, head_dim: int) -> None:
@@ -149,6 +150,9 @@ def _compile(kernel: Any, case: str, args: tuple[Any, ...], kwargs: Mapping[str,
     options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k not in options}
     constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+    constants |= {
+        name: value for name, value in values.items() if type(value) is int and value == 1
+    }  # as a launch does
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = values[name]

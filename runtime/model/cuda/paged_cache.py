@@ -35,7 +35,7 @@ class Staged:
     """Where the rows are that a sequence staged in its last step."""
 
     places: Ints
-    """[t]"""
+    """[t]; -1: another step has taken the row's place."""
     anchor_places: Ints
     """[t] where they stand a second time, as anchors; -1: nowhere."""
 
@@ -86,6 +86,7 @@ class PagedKVCache:
         self._returned: list[int] = []
         """Pages that are free as soon as the moves are done."""
         num_scratch = -(-max_staged // PAGE)
+        self._num_scratch = num_scratch * PAGE
         if num_pages is None:
             num_pages = num_slots * pages_of_slot(self.retained[0], max_staged)
         self.num_pages = num_pages
@@ -163,6 +164,12 @@ class PagedKVCache:
         self._staged[slot] = Staged(places, anchor_places)
         return self._staged[slot]
 
+    def begin_step(self) -> Ints:
+        """Scratch places are for other rows now: what they held can no longer be accepted. As `take_moves`."""
+        for staged in self._staged.values():
+            staged.places[staged.places < self._num_scratch] = -1
+        return self.take_moves()
+
     def take_moves(self) -> Ints:
         """[2, n] sources and destinations that the next step is to copy, before its rows are written."""
         moves = np.concatenate([np.empty((2, 0), np.int64), *self._moves], axis=1)
@@ -179,6 +186,7 @@ class PagedKVCache:
         rows, known = np.asarray(staged), self._staged[slot]
         places, anchor_places = self._destinations(slot, tokens)
         sources = known.places[rows]
+        assert (sources >= 0).all(), "a diverged row of an earlier step: another step has taken its place"
         self._move(sources, places)
         is_anchor = (anchor_places >= 0) & (anchor_places != known.anchor_places[rows])
         self._move(sources[is_anchor], anchor_places[is_anchor])

@@ -61,7 +61,7 @@ class StepBuffer:
         fixed.fill(0)
         fixed[NUM_ROW_ARRAYS:].reshape(len(caches), NUM_CACHE_ARRAYS, -1)[:, :2] = -1
         for index, cache in enumerate(caches):
-            moves = cache.take_moves()
+            moves = cache.begin_step()
             self.array[2 + 2 * index : 4 + 2 * index] = lists.add(moves.ravel()), moves.shape[1]
         on_host = batch.columns.device.type == "cpu"
         if on_host:

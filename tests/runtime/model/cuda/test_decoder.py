@@ -157,7 +157,7 @@ def test_tensor_parallel_shards(tiny_model, decoder, tp: int) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("policy", ["sink", "streaming"])
+@pytest.mark.parametrize("policy", [pytest.param("sink", marks=pytest.mark.slow), "streaming"])
 def test_kernels_in_the_interpreter(tiny_model, policy, monkeypatch) -> None:
     """A prompt, a tree, an accepted branch of it, and the row after it."""
     monkeypatch.setattr(attention, "WANTED_PIECES", 1)  # fewer than a GPU needs: the interpreter is slow
