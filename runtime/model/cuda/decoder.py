@@ -1,4 +1,4 @@
-"""CudaDecoder: a step is one copy to the device and one launch, however many sequences it has.
+"""CudaDecoder: a forward pass is one copy to the device and one launch, however many sequences the step has.
 
 What differs from step to step stands in a StepBuffer, and all else is fixed: weights, caches, scratch memory, sizes. So
 the device's work depends on nothing but the row count, which is filled up to a power of two, and on CUDA a graph per
