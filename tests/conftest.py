@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 
 from runtime.tuning import cost, priming
 from tests.models import save_tiny_model
+
+if not torch.cuda.is_available():  # before any module with kernels is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
