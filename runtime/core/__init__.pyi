@@ -395,6 +395,10 @@ class Retention:
     @property
     def num_initial(self) -> int: ...
     @property
+    def separators(self) -> list[int]:
+        """Ids, ascending."""
+
+    @property
     def max_stored(self) -> int:
         """Most tokens that stay stored between two steps."""
 
@@ -486,6 +490,12 @@ class Compacting(Retention):
     ) -> None:
         """`size` is c, the most tokens stored; `local` is w, how many of the newest stay after a compaction. None,
         for eviction per turn: as many as leave room for the turn."""
+
+    @property
+    def max_separators(self) -> int: ...
+    @property
+    def num_anchors(self) -> int:
+        """Initial tokens and separators before the recent run; none until the first compaction."""
 
 class Ledger:
     """The account of what one sequence keeps, over all groups of layers (runtime.retention.Ledger)."""

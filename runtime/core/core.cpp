@@ -195,6 +195,7 @@ void bind_retention(py::module_& module) {
     py::classh<Retention>(module, "Retention")
         .def_readonly("slot", &Retention::slot)
         .def_readonly("num_initial", &Retention::num_initial)
+        .def_property_readonly("separators", &Retention::separators)
         .def_readonly("max_stored", &Retention::max_stored)
         .def_readonly("max_turned", &Retention::max_turned)
         .def_readwrite("length", &Retention::length)
@@ -247,7 +248,9 @@ void bind_retention(py::module_& module) {
     py::classh<Compacting, Retention>(module, "Compacting")
         .def(py::init<int64_t, std::optional<int64_t>, bool, Tokens, int64_t, int64_t, bool, bool>(), py::arg("size"),
              py::arg("local"), py::arg("slot"), py::arg("separators") = Tokens(), py::arg("num_initial") = 0,
-             py::arg("max_separators") = 0, py::arg("compact_after_attention") = false, py::arg("per_turn") = false);
+             py::arg("max_separators") = 0, py::arg("compact_after_attention") = false, py::arg("per_turn") = false)
+        .def_readonly("max_separators", &Compacting::max_separators)
+        .def_property_readonly("num_anchors", &Compacting::num_anchors);
 
     py::classh<Ledger>(module, "Ledger")
         .def(py::init<std::vector<Ledger::Group>, std::optional<int64_t>>(), py::arg("groups"), py::arg("capacity"))

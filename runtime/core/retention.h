@@ -42,6 +42,8 @@ class Retention {
     Longs positions;                // in the text, of the tokens stored, ascending
     std::vector<uint8_t> anchored;  // whether the policy keeps the token when the window leaves it
 
+    const std::vector<int>& separators() const { return separators_; }
+
     int64_t num_stored() const { return std::ssize(positions); }
 
     bool may_anchor(int64_t position, int token) const {
@@ -194,13 +196,18 @@ class Compacting : public Retention {
     Compacting(int64_t size, std::optional<int64_t> local, bool slot, std::vector<int> separators, int64_t num_initial,
                int64_t max_separators, bool compact_after_attention, bool per_turn)
         : Retention(slot, std::move(separators), num_initial),
+          max_separators(max_separators),
           size_(size),
           local_(local),
-          max_separators_(max_separators),
           per_turn_(per_turn) {
         max_stored = size + compact_after_attention;
         max_turned = slot ? num_initial + max_separators : 0;
     }
+
+    const int64_t max_separators;
+
+    // Initial tokens and separators before the recent run; none until the first compaction
+    int64_t num_anchors() const { return num_anchors_; }
 
     void reset() override {
         Retention::reset();
@@ -237,7 +244,7 @@ class Compacting : public Retention {
         Longs separators;
         for (int64_t i = initial; i < start; ++i)
             if (anchored[i]) separators.push_back(i);
-        if (std::ssize(separators) > max_separators_) separators.erase(separators.begin(), separators.end() - max_separators_);
+        if (std::ssize(separators) > max_separators) separators.erase(separators.begin(), separators.end() - max_separators);
         Compaction change;
         change.num_turned_before = num_slot_anchors();
         for (int64_t i = 0; i < initial; ++i) change.kept.push_back(i);
@@ -251,9 +258,8 @@ class Compacting : public Retention {
 
     const int64_t size_;
     const std::optional<int64_t> local_;
-    const int64_t max_separators_;
     const bool per_turn_;
-    int64_t num_anchors_ = 0;  // initial tokens and separators before the recent run; none until the first compaction
+    int64_t num_anchors_ = 0;
 };
 
 // The coordinator's account of what one sequence keeps, over all groups of layers

@@ -29,7 +29,7 @@ from runtime.model.cuda.paged_cache import PagedKVCache, pages_of_slot
 from runtime.model.cuda.step_buffer import StepBuffer
 from runtime.model.cuda.top import DeviceLogits
 from runtime.model.decoder import Decoder
-from runtime.model.sampler import Logits
+from runtime.model.sampler import Logits, TokenChooser
 from runtime.retention import LayerGroup
 
 MEMORY_SHARE = 0.85
@@ -52,7 +52,7 @@ KERNELS = Operations(embed, add_norm, rotate_and_store, attend, gated, move)
 EAGER = Operations(embed_eager, add_norm_eager, rotate_and_store_eager, attend_eager, gated_eager, move_eager)
 
 
-class CudaDecoder:
+class CudaDecoder(TokenChooser):
     """Runs a Decoder's rows over paged caches. Same surface; what `forward` returns holds until the next call.
 
     `min_rows`: every step has at least the shape of so many. Matrix products, and so the last bits of a result, depend

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +15,7 @@ from runtime.model.cuda.norm import Norm, add_norm, add_norm_eager
 from runtime.model.cuda.top import DeviceLogits
 from runtime.model.layers import RMSNorm
 from runtime.model.sampler import Logits, choose_tokens, top_tokens
-from runtime.step import NOT_A_NUMBER, Choose, Row, Seq
+from runtime.step import NOT_A_NUMBER
 from tests.runtime.model.cuda.layer import difference, needs_interpreter
 
 BOTH = pytest.mark.parametrize(
@@ -104,12 +103,6 @@ def test_heads_are_normed_rotated_and_written(
     assert difference(*found) < 8 * TOLERANCE[dtype]
 
 
-def rows_of(count: int) -> tuple[np.ndarray, np.ndarray]:
-    rows, sequences = np.zeros((count, len(Row)), np.int32), np.zeros((count, len(Seq)), np.int32)
-    rows[:, Row.CHOOSE] = Choose.ARGMAX
-    return rows, sequences
-
-
 @needs_interpreter
 @pytest.mark.parametrize("size", [5, 128, 1000, 3001])
 @pytest.mark.parametrize("k", [1, 7, 8])
@@ -134,10 +127,8 @@ def test_rows_without_a_token_say_so() -> None:
     torch.manual_seed(0)
     logits = torch.randn(5, 700)
     logits[0, 699], logits[1, 3], logits[2, 8], logits[3, 5:9] = torch.nan, torch.inf, -torch.inf, 9
-    place, none = (Mesh(), (0, 700)), np.empty(0, np.int64)
-    plain, on_device = (
-        choose_tokens(each, *rows_of(5), none, *place) for each in (Logits(logits), DeviceLogits(logits, 3))
-    )
+    place = Mesh(), (0, 700)
+    plain, on_device = (choose_tokens(each, None, *place) for each in (Logits(logits), DeviceLogits(logits, 3)))
     assert plain.tolist() == on_device.tolist()
     assert [token == NOT_A_NUMBER for token in on_device.tolist()] == [True, True, False, False, False]
     assert on_device[3] == 5
