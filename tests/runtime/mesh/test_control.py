@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -53,15 +54,21 @@ def work(rank: int, folder: Path, through_memory: bool) -> None:
     os._exit(0)
 
 
+def start_ranks(folder: Path, through_memory: bool) -> list[BaseProcess]:
+    """All ranks but the coordinator."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    processes = [context.Process(target=work, args=(rank, folder, through_memory)) for rank in range(1, RANKS)]
+    for process in processes:
+        process.start()
+    return processes
+
+
 @pytest.mark.parametrize("through_memory", [True, False], ids=["memory", "sockets"])
 def test_every_rank_sees_every_plan_and_a_dead_one_is_noticed(tmp_path, monkeypatch, through_memory) -> None:
     monkeypatch.setattr(control, "shared_file", control.shared_file)  # put back afterwards
     before = set(Path("/dev/shm").glob("outrider-*"))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    processes = [context.Process(target=work, args=(rank, tmp_path, through_memory)) for rank in range(1, RANKS)]
-    for process in processes:
-        process.start()
+    processes = start_ranks(tmp_path, through_memory)
     plane = joined(0, tmp_path, through_memory)
     assert isinstance(plane, MemoryControl if through_memory else SocketControl) and not plane.answers
     for step in range(1, STEPS):
@@ -99,10 +106,7 @@ def test_every_rank_sees_every_plan_and_a_dead_one_is_noticed(tmp_path, monkeypa
 
 
 def test_all_plans_arrive_in_order_and_the_last_one_ends_the_ranks(tmp_path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    processes = [context.Process(target=work, args=(rank, tmp_path, True)) for rank in range(1, RANKS)]
-    for process in processes:
-        process.start()
+    processes = start_ranks(tmp_path, through_memory=True)
     plane = joined(0, tmp_path, True)
     for step in range(1, 200):
         plane.outgoing()[:2] = step, 1
@@ -120,10 +124,7 @@ def test_all_plans_arrive_in_order_and_the_last_one_ends_the_ranks(tmp_path) -> 
 
 
 def test_workers_notice_that_the_coordinator_has_gone(tmp_path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    processes = [context.Process(target=work, args=(rank, tmp_path, True)) for rank in range(1, RANKS)]
-    for process in processes:
-        process.start()
+    processes = start_ranks(tmp_path, through_memory=True)
     plane = joined(0, tmp_path, True)
     started = time.monotonic()
     plane.close()
