@@ -150,10 +150,10 @@ class MemoryControl:
         self._library.word_set(self._word(cell), number & 0xFFFFFFFF)
 
     def _wait(self, cell: int, number: int) -> None:
-        """Until the word of this cell has come to `number`; it is there, or at the one before."""
-        before, patience_us = (number - 1) & 0xFFFFFFFF, FIRST_LOOK_US
+        """Until the word of this cell has come to `number`, from however far behind."""
+        wanted, patience_us = number & 0xFFFFFFFF, FIRST_LOOK_US
         deadline = 0.0
-        while not self._library.word_wait(self._word(cell), before, self._looks, patience_us):
+        while not self._library.word_wait(self._word(cell), wanted, self._looks, patience_us):
             self._check_others()
             patience_us = min(2 * patience_us, LAST_LOOK_US)
             deadline = deadline or time.monotonic() + COLLECTIVE_TIMEOUT_S

@@ -30,23 +30,24 @@ void word_set(Word* word, uint32_t value) {
 #endif
 }
 
-// Wait until a word has another value than `old`: looking at it so many times, then asleep, so long at most. Returns whether
-// it has.
-int64_t word_wait(Word* word, uint32_t old, int64_t looks, int64_t microseconds) {
+// Wait until a word has this value: looking at it so many times, then asleep, so long at most. Returns whether it has.
+int64_t word_wait(Word* word, uint32_t wanted, int64_t looks, int64_t microseconds) {
     for (int64_t look = 0; look < looks; ++look) {
-        if (word->load(std::memory_order_acquire) != old) return 1;
+        if (word->load(std::memory_order_acquire) == wanted) return 1;
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif
     }
+    const uint32_t found = word->load(std::memory_order_acquire);
+    if (found == wanted) return 1;
 #if defined(__linux__)
     const timespec patience{microseconds / 1000000, microseconds % 1000000 * 1000};
-    syscall(SYS_futex, word, FUTEX_WAIT, old, &patience, nullptr, 0);
+    syscall(SYS_futex, word, FUTEX_WAIT, found, &patience, nullptr, 0);
 #else
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(microseconds);
-    while (word->load(std::memory_order_acquire) == old && std::chrono::steady_clock::now() < deadline) sched_yield();
+    while (word->load(std::memory_order_acquire) == found && std::chrono::steady_clock::now() < deadline) sched_yield();
 #endif
-    return word->load(std::memory_order_acquire) != old;
+    return word->load(std::memory_order_acquire) == wanted;
 }
 
 void meeting_arrive(Meeting* meeting, int64_t ranks) {
