@@ -14,7 +14,7 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel
 
 from runtime.errors import ConfigError, InvalidRequestError
-from runtime.model.loader import resolve_model
+from runtime.model.directory import resolve_model
 from runtime.tokenizer import Detokenizer, Tokenizer
 from tests.models import save_byte_tokenizer
 

@@ -11,7 +11,8 @@ from cluster.cli import doctor
 from runtime.mesh.mesh import Mesh
 from runtime.model.cuda.graphs import FixedView, GraphedDecoder
 from runtime.model.decoder import Decoder
-from runtime.model.loader import load_decoder, load_spec
+from runtime.model.directory import load_spec
+from runtime.model.loader import load_decoder
 
 
 @pytest.fixture(scope="module")
