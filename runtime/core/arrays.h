@@ -65,9 +65,9 @@ inline Out<bool> flags(const std::vector<uint8_t>& values, std::initializer_list
 template <class Bound, class T, class Owner>
 void bind_view(Bound& bound, const char* name, std::vector<T> Owner::* values, size_t num_lines = 0) {
     const auto get = [=](nb::handle self) {
-        const auto& found = nb::cast<const Owner&>(self).*values;
+        auto& found = nb::cast<Owner&>(self).*values;
         const size_t shape[] = {num_lines ? num_lines : found.size(), num_lines ? found.size() / num_lines : 1};
-        return nb::ndarray<nb::numpy, const T>(found.data(), num_lines ? 2 : 1, shape, self);
+        return Out<T>(found.data(), num_lines ? 2 : 1, shape, self);
     };
     bound.def_prop_ro(name, get, nb::rv_policy::automatic);
 }

@@ -41,6 +41,7 @@ def test_times_of_plain_and_wide_steps(decoder) -> None:
     assert re.fullmatch(words, doctor.time_graphs(decoder, rounds=1))
 
 
+@pytest.mark.system
 def test_processes_add_up_a_tensor() -> None:
     assert doctor._all_reduce("gloo").startswith("2 processes agree")
 

@@ -192,6 +192,7 @@ def talkative(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("policy", ["full", "sink", "sep", "streaming"])
+@pytest.mark.slow
 def test_an_engine_on_paged_caches_gives_the_same_tokens(talkative, policy, monkeypatch) -> None:
     """Greedy alone, with lookahead and without, and sampled in company."""
     cache = POLICIES[policy]

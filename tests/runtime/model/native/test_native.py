@@ -319,6 +319,7 @@ def test_without_a_working_compiler_torch_runs(tmp_path: Path, tiny_model: Path,
         build._loaded.cache_clear()
 
 
+@pytest.mark.system
 def test_processes_that_build_at_once_build_once(tmp_path: Path) -> None:
     code = "from runtime.model import native; works, where = native.available(); assert works, where"
     compiler = " ".join(find_compiler(os.environ.get("CXX")).command)
