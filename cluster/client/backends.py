@@ -79,9 +79,10 @@ def open_engine(config: Config) -> Iterator[Engine]:
     What is compiled on a first start is begun first, and waited for where it is needed.
     """
     from runtime.engine import ahead
-    from runtime.model.loader import checked_model
+    from runtime.model.loader import checked_model, for_model
 
     ahead.compile_all(config)
+    config = for_model(config)
     checked_model(config)  # what is wrong with it is wrong without Ray, too: said before anything is started
     if config.is_open:
         from runtime.tuning import choose

@@ -15,7 +15,7 @@ from runtime.errors import InvalidRequestError
 from runtime.mesh.device import pick_device
 from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch
-from runtime.model.loader import load_decoder, load_spec, resolve_model
+from runtime.model.loader import for_model, load_decoder, load_spec, resolve_model
 from runtime.retention import Ledger, layer_groups, with_separator_ids
 from runtime.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ class Scorer:
 
         Raises ConfigError where the configuration cannot be run.
         """
-        self.config, self.chunk = config, chunk
+        self.config, self.chunk = config, chunk = for_model(config), chunk
         self.directory = resolve_model(config.model.path)
         if weights_of is None:
             self.spec = load_spec(self.directory)

@@ -18,6 +18,7 @@ from runtime.model.native import NativeDecoder, obstacle
 from runtime.model.rotary import Rotary, pairs_adjacent
 from runtime.model.shard import HeadShard, split
 from runtime.model.spec import ModelSpec, read_spec
+from runtime.model.trained_policy import with_trained_policy
 from runtime.model.weights import HEAD, Checkpoint, check_weights
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,11 @@ def load_spec(directory: Path) -> ModelSpec:
     return read_spec(
         read_json(directory / "config.json"), read_json(generation) if generation.exists() else {}, directory
     )
+
+
+def for_model(config: Config) -> Config:
+    """`config` under the cache policy that its model was trained under, where it names none. Raises ConfigError."""
+    return with_trained_policy(config, resolve_model(config.model.path))
 
 
 def checked_model(config: Config) -> tuple[Path, ModelSpec]:
