@@ -39,7 +39,7 @@ class Scale:
     """Tokens of each text that is longer than the trained length."""
 
 
-SMALL = Scale(96, 256, 3, 4, 512, 128, 16, 800, 8, 3e-3, 48, 4, 1024)
+SMALL = Scale(64, 176, 2, 4, 512, 128, 16, 500, 8, 4e-3, 48, 4, 1024)
 FULL = Scale(128, 344, 4, 4, 512, 256, 32, 1200, 8, 2e-3, 96, 6, 2048)
 
 
