@@ -37,6 +37,7 @@ ROPES: dict[str, dict[str, Any]] = {
 # 9 heads over 3 and 8 over 2; 53 inner features and 101 tokens divide by nothing
 NINE = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
 EIGHT = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
+NEOX = {"hidden_size": 64, "num_attention_heads": 8, "hidden_act": "gelu"}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", NINE),
@@ -58,6 +59,27 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-bias-window": (
         "Qwen3",
         {**EIGHT, "attention_bias": True, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+}
+VARIANTS |= {
+    "neox": ("GPTNeoX", {**NEOX, "rotary_pct": 0.25}),
+    "neox-whole-rotary": ("GPTNeoX", {**NEOX, "rotary_pct": 1.0, "rotary_emb_base": 500}),
+    "neox-serial": ("GPTNeoX", {**NEOX, "use_parallel_residual": False, "rotary_pct": 0.5}),
+    "neox-tied": ("GPTNeoX", {**NEOX, "tie_word_embeddings": True, "attention_bias": False}),
+    "phi3": ("Phi3", {**NINE, "sliding_window": None, "pad_token_id": None}),
+    "phi3-window-part": (
+        "Phi3",
+        {
+            **EIGHT,
+            "sliding_window": 6,
+            "pad_token_id": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+        },
+    ),
+    "olmo2": ("Olmo2", {**NINE, "pad_token_id": None}),
+    "olmo2-bias-one_kv_head": (
+        "Olmo2",
+        {**EIGHT, "num_key_value_heads": 1, "attention_bias": True, "pad_token_id": None},
     ),
 }
 VARIANTS |= {

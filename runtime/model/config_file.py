@@ -57,9 +57,11 @@ class Values:
             value = value.get(part) if isinstance(value, Mapping) else None
         return ConfigError(self.name, str(self.source), f"{key} = {value!r:.60} {problem}", "Mend the file.")
 
-    def check(self) -> None:
-        """Raises ConfigError for a value that is missing, or is not what its key wants."""
-        for key in (*COUNTS, "rms_norm_eps"):
+    def check(self, norm_eps: str = "rms_norm_eps", may_be_partial: bool = False) -> None:
+        """`norm_eps`: the key of what norms add to a variance; `may_be_partial`: heads may be rotated in part.
+
+        Raises ConfigError for a value that is missing, or is not what its key wants."""
+        for key in (*COUNTS, norm_eps):
             if key not in self.raw:
                 raise ConfigError(self.name, str(self.source), f"{key} is missing", "Mend the file.")
         for key in (*COUNTS, *OPTIONAL_COUNTS):
@@ -74,8 +76,8 @@ class Values:
         for key in SWITCHES:
             if key in self.raw and not isinstance(self.raw[key], bool):
                 raise self.refused(key, "is neither true nor false")
-        if not _is_number(self.raw["rms_norm_eps"]) or self.raw["rms_norm_eps"] < 0:
-            raise self.refused("rms_norm_eps", "is not a number of at least 0")
+        if not _is_number(self.raw[norm_eps]) or self.raw[norm_eps] < 0:
+            raise self.refused(norm_eps, "is not a number of at least 0")
         if "hidden_act" in self.raw and not isinstance(self.raw["hidden_act"], str):
             raise self.refused("hidden_act", "is not a name")
         heads, width = self.raw["num_attention_heads"], self.raw["hidden_size"]
@@ -83,13 +85,19 @@ class Values:
             raise self.refused("hidden_size", f"(the hidden size) is not a multiple of num_attention_heads = {heads}")
         if (self.raw.get("head_dim") or width // heads) % 2:
             raise self.refused("head_dim", "is odd, and features are rotated in pairs")
-        self._check_rope()
+        self._check_rope(may_be_partial)
 
-    def _check_rope(self) -> None:
-        if self.raw.get("partial_rotary_factor") not in (None, 1):
-            raise self.refused("partial_rotary_factor", "is not supported: heads are rotated whole")
-        if "rope_theta" in self.raw:
-            self._positive("rope_theta")
+    def _check_rope(self, may_be_partial: bool) -> None:
+        for key in ("partial_rotary_factor", "rotary_pct"):
+            if may_be_partial and self.raw.get(key) is not None:
+                self._positive(key)
+                if self.raw[key] > 1:
+                    raise self.refused(key, "is more than 1")
+            elif self.raw.get(key) not in (None, 1):
+                raise self.refused(key, "is not supported: heads are rotated whole")
+        for key in ("rope_theta", "rotary_emb_base"):
+            if key in self.raw:
+                self._positive(key)
         newer, older = self.raw.get("rope_parameters"), self.raw.get("rope_scaling")
         if newer and older and newer != older:
             raise self.refused("rope_scaling", "says otherwise than rope_parameters")
