@@ -82,6 +82,15 @@ VARIANTS |= {
         {**EIGHT, "num_key_value_heads": 1, "attention_bias": True, "pad_token_id": None},
     ),
 }
+GEMMA3 = {"pad_token_id": None, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+BY_LAYER = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+}
+VARIANTS |= {
+    "gemma3": ("Gemma3", {**NINE, **GEMMA3, "query_pre_attn_scalar": 8, "tie_word_embeddings": True}),
+    "gemma3-ropes": ("Gemma3", {**EIGHT, **GEMMA3, "query_pre_attn_scalar": 12, "rope_parameters": BY_LAYER}),
+}
 VARIANTS |= {
     f"{kind.lower()}-rope-{rope}": (kind, {**heads, "rope_parameters": {"rope_theta": 1e4, **parameters}})
     for kind, heads in (("Llama", NINE), ("Mistral", EIGHT), ("Qwen2", NINE), ("Qwen3", EIGHT))
@@ -103,7 +112,8 @@ def make_config(variant: str, **overrides: Any) -> Any:
         "bos_token_id": None,
         "eos_token_id": 7,
     }
-    return getattr(transformers, f"{architecture}Config")(**{**shared, **settings, **overrides})
+    suffix = "TextConfig" if architecture == "Gemma3" else "Config"
+    return getattr(transformers, f"{architecture}{suffix}")(**{**shared, **settings, **overrides})
 
 
 def make_model(variant: str, **overrides: Any) -> Any:

@@ -118,6 +118,8 @@ def config_of(
 
 def train_all(configs: Sequence[TrainingConfig], jobs: int) -> list[float]:
     """Train each, unless it is there already from an earlier run; the validation losses, under the own policy."""
+    if jobs == 1:
+        return [_trained(config, torch.get_num_threads()) for config in configs]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         return list(pool.map(_trained, configs, [threads] * len(configs)))

@@ -62,6 +62,8 @@ class Decoder(CacheMaker, TokenChooser):
     norm: Rowwise
     head: Linear
     rotary: Rotary
+    local_rotary: Rotary | None = None
+    """Of layers with a sliding window, where it is another."""
 
     @torch.inference_mode()
     def forward(self, batch: RowBatch, caches: Sequence[KVCache]) -> torch.Tensor:
@@ -83,7 +85,7 @@ class Decoder(CacheMaker, TokenChooser):
         """
         tokens, positions, rope_lengths = columns.unbind(0)
         hidden = self.embedding(tokens)
-        attend = StepAttention(positions, rope_lengths, views, self.rotary, self.heads, self.dtype)
+        attend = StepAttention(positions, rope_lengths, views, self.rotary_of, self.heads, self.dtype)
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv(layer.attention_norm(hidden))
             if layer.head_norm is not None:

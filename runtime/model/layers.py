@@ -76,9 +76,11 @@ class RowParallelLinear:
 class VocabParallelEmbedding:
     """Token vectors, the vocabulary split over the ranks; a rank contributes zeros for others' tokens."""
 
-    def __init__(self, weight: torch.Tensor, start: int, mesh: Mesh) -> None:
-        """`weight` [V_local, D] holds the tokens from `start` on."""
+    def __init__(self, weight: torch.Tensor, start: int, mesh: Mesh, scale: float | None = None) -> None:
+        """`weight` [V_local, D] holds the tokens from `start` on. `scale`: what vectors are multiplied by, rounded to
+        the weights' type."""
         self.start, self.count = start, len(weight)
+        self.scale = None if scale is None else torch.tensor(scale, dtype=weight.dtype, device=weight.device)
         self.table = torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
         self.mesh = mesh
 
@@ -86,7 +88,8 @@ class VocabParallelEmbedding:
         """tokens [T] -> [T, D]."""
         local = tokens - self.start
         outside = (local < 0) | (local >= self.count)
-        return self.mesh.all_reduce(F.embedding(local.masked_fill_(outside, self.count), self.table))
+        vectors = self.mesh.all_reduce(F.embedding(local.masked_fill_(outside, self.count), self.table))
+        return vectors if self.scale is None else vectors.mul_(self.scale)
 
 
 class RMSNorm:
@@ -97,7 +100,8 @@ class RMSNorm:
     """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        """`weight` [D], or [heads, d] where every head has its own."""
+        """`weight` [D], or [heads, d] where every head has its own. In float32 for rows of a half type, the product is
+        rounded once, behind it."""
         size = weight.shape[-1]
         self.narrow = weight.dtype.itemsize < 4
         # x / sqrt(sum(x^2) / D + eps) = x / sqrt(sum(x^2) + D * eps) * sqrt(D)
@@ -107,11 +111,11 @@ class RMSNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, D] or [T, heads, d], same shape back."""
-        wide = x.float() if self.narrow else x
+        wide = x.to(self.floor.dtype)
         scale = (wide * wide).sum(-1, keepdim=True).add_(self.floor).rsqrt_()
         if self.narrow:  # round where Hugging Face does
             return (wide * scale.mul_(self.root)).to(x.dtype).mul_(self.weight)
-        return (x * scale).mul_(self.weight)
+        return (wide * scale).mul_(self.weight).to(x.dtype)
 
 
 class LayerNorm:

@@ -24,6 +24,7 @@ from runtime.model.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
     WholeHeadNorm,
+    at_least_float32,
 )
 from runtime.model.native import NativeDecoder, obstacle
 from runtime.model.rotary import Rotary, pairs_adjacent
@@ -115,7 +116,8 @@ def load_decoder(
         if spec.tie_embeddings and torch.equal(head, table):
             head = table  # once in memory; else it is a head of its own, as in transformers, whatever the config says
         norm = _norm_weights(checkpoint, spec, "model.norm")
-        embedding = VocabParallelEmbedding(table, vocab_range[0], mesh)
+        scale = spec.hidden_size**0.5 if spec.embedding_scaled else None
+        embedding = VocabParallelEmbedding(table, vocab_range[0], mesh, scale)
         rotary = Rotary(spec.rope, mesh.device)
         reader = _LayerReader(checkpoint, spec, heads, mesh)
         layers = (reader.layer(index) for index in range(spec.num_layers))  # read when their turn comes: memory
@@ -132,6 +134,7 @@ def load_decoder(
             norm=_norm(norm, spec),
             head=Linear(head),
             rotary=rotary,
+            local_rotary=None if spec.local_rope is None else Rotary(spec.local_rope, mesh.device),
         )
 
 
@@ -184,7 +187,12 @@ def _torch_layer(weights: LayerWeights, spec: ModelSpec, heads: HeadShard, mesh:
 
 def _norm_weights(checkpoint: Checkpoint, spec: ModelSpec, name: str) -> NormWeights:
     bias = checkpoint.rows(f"{name}.bias") if spec.norm == "layer" else None
-    return NormWeights(checkpoint.rows(f"{name}.weight"), bias)
+    return NormWeights(_offset(checkpoint.rows(f"{name}.weight"), spec), bias)
+
+
+def _offset(weight: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
+    """A norm's weight; one that is stored less 1 in float32 at least, where the sum is not rounded."""
+    return weight.to(at_least_float32(weight.dtype)) + 1 if spec.norm_offset else weight
 
 
 class _LayerReader:
@@ -257,8 +265,8 @@ class _LayerReader:
             key = self.checkpoint.rows(f"{name}.k_norm.weight", heads.kv_start * dim, heads.kv_stop * dim)
             weight = torch.cat([self._padded(query, axis=0), key]).view(-1, dim)
             return pairs_adjacent(weight, rotated)
-        query = self.checkpoint.rows(f"{name}.q_norm.weight")
-        key = self.checkpoint.rows(f"{name}.k_norm.weight")
+        query = _offset(self.checkpoint.rows(f"{name}.q_norm.weight"), self.spec) * self.spec.query_factor
+        key = _offset(self.checkpoint.rows(f"{name}.k_norm.weight"), self.spec)
         weight = torch.cat([query.expand(heads.num_heads, -1), key.expand(heads.num_kv_heads, -1)])
         return pairs_adjacent(weight, rotated)
 

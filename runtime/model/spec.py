@@ -22,11 +22,17 @@ if TYPE_CHECKING:
 
 
 Norm = Literal["rms", "layer"]
-Norms = Literal["before", "after"]
-"""Where a layer's norms stand: before attention and MLP, or behind them."""
+Norms = Literal["before", "after", "around"]
+"""Where a layer's norms stand: before attention and MLP, behind them, or both."""
 NORM_NAMES: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
     "before": ("input_layernorm", None, "post_attention_layernorm", None),
     "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "around": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
 }
 
 
@@ -51,6 +57,18 @@ class Architecture:
     norm_eps: str = "rms_norm_eps"
     """The config's field."""
     norms: Norms = "before"
+    norm_offset: bool = False
+    """Checkpoints have norms' weights less 1."""
+    embedding_scaled: bool = False
+    """Token vectors are multiplied by the root of their size."""
+    activation: str = "hidden_act"
+    """The config's field."""
+    query_scalar: str | None = None
+    """The config's field whose inverse root scales the scores; None: that of the head's size does."""
+    local_rope: bool = False
+    """Layers with a sliding window have a rotation of their own."""
+    refused: tuple[str, ...] = ()
+    """Fields of the config that must be null or false."""
     gated: bool = True
     """The MLP is down(act(gate(x)) * up(x)); else down(act(up(x)))."""
     parallel: bool | str = False
@@ -74,6 +92,18 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": _with_attention_bias("qwen3", qk_norm=True, windows="layer_types"),
     "Phi3ForCausalLM": Architecture("phi3", layout=PHI3, windows="every_layer", partial_rotary=True),
     "Olmo2ForCausalLM": _with_attention_bias("olmo2", qk_norm_whole=True, norms="after"),
+    "Gemma3ForCausalLM": _with_attention_bias(
+        "gemma3_text",
+        qk_norm=True,
+        norms="around",
+        norm_offset=True,
+        embedding_scaled=True,
+        activation="hidden_activation",
+        query_scalar="query_pre_attn_scalar",
+        windows="layer_types",
+        local_rope=True,
+        refused=("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"),
+    ),
     "GPTNeoXForCausalLM": _with_attention_bias(
         "gpt_neox",
         layout=GPT_NEOX,
@@ -87,6 +117,22 @@ ARCHITECTURES = {
     ),
 }
 
+
+def beyond_llama(model: Architecture | ModelSpec) -> str | None:
+    """What a family, or a model of it, has that kernels written for the Llama family do not; None: nothing."""
+    reasons = {
+        "layer norms": model.norm != "rms",
+        "norms behind attention and MLP": model.norms != "before",
+        "token vectors that are scaled": model.embedding_scaled,
+        "rotations that differ from layer to layer": model.local_rope,
+        "norms over all heads together": model.qk_norm_whole,
+        "an MLP without a gate": not model.gated,
+        "attention and MLP side by side": model.parallel,
+    }
+    return next((name for name, is_so in reasons.items() if is_so), None)
+
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
@@ -145,6 +191,12 @@ class ModelSpec:
     qk_norm_whole: bool = False
     norm: Norm = "rms"
     norms: Norms = "before"
+    norm_offset: bool = False
+    embedding_scaled: bool = False
+    query_factor: float = 1.0
+    """By which scores differ from those scaled by head_dim ** -0.5."""
+    local_rope: RopeSpec | None = None
+    """Of layers with a sliding window; None: theirs is that of all."""
     gated: bool = True
     parallel: bool = False
 
@@ -156,14 +208,7 @@ class ModelSpec:
     @property
     def beyond_llama(self) -> str | None:
         """What a layer has that kernels written for the Llama family do not; None: nothing."""
-        reasons = {
-            "layer norms": self.norm != "rms",
-            "norms behind attention and MLP": self.norms != "before",
-            "norms over all heads together": self.qk_norm_whole,
-            "an MLP without a gate": not self.gated,
-            "attention and MLP side by side": self.parallel,
-        }
-        return next((name for name, is_so in reasons.items() if is_so), None)
+        return beyond_llama(self)
 
     def check_tp(self, tp: int) -> None:
         """Raises ConfigError if the model cannot be split over `tp` ranks."""
@@ -204,8 +249,12 @@ class ModelSpec:
         """
         name = architecture_name(config.to_dict())
         kind = ARCHITECTURES[name]
-        if config.hidden_act not in ACTIVATIONS:
-            raise _unsupported("hidden_act", config.hidden_act, "activation", ACTIVATIONS)
+        activation = getattr(config, kind.activation)
+        if activation not in ACTIVATIONS:
+            raise _unsupported(kind.activation, activation, "activation", ACTIVATIONS)
+        for field in kind.refused:
+            if getattr(config, field):
+                raise ConfigError(field, getattr(config, field), "is not supported", "Use a model that has none.")
 
         def switch(value: bool | str) -> bool:
             return bool(getattr(config, value)) if isinstance(value, str) else value
@@ -239,11 +288,15 @@ class ModelSpec:
             sliding_windows=_sliding_windows(config, kind),
             max_positions=config.max_position_embeddings,
             eos_token_ids=eos_token_ids,
-            activation=config.hidden_act,
-            rope=_rope_spec(config, head_dim, kind.partial_rotary),
+            activation=activation,
+            rope=_rope_spec(config, head_dim, kind, "full_attention" if kind.local_rope else None),
             qk_norm_whole=kind.qk_norm_whole,
             norm=kind.norm,
             norms=kind.norms,
+            norm_offset=kind.norm_offset,
+            embedding_scaled=kind.embedding_scaled,
+            query_factor=1.0 if kind.query_scalar is None else (head_dim / getattr(config, kind.query_scalar)) ** 0.5,
+            local_rope=_rope_spec(config, head_dim, kind, "sliding_attention") if kind.local_rope else None,
             gated=kind.gated,
             parallel=switch(kind.parallel),
         )
@@ -263,7 +316,7 @@ def read_spec(raw: Mapping[str, Any], generation: Mapping[str, Any], source: Pat
     values = Values(raw, "config.json", source)
     if raw.get("model_type", kind.model_type) != kind.model_type:
         raise values.refused("model_type", f"is not that of {architecture}, {kind.model_type}")
-    values.check(kind.norm_eps, kind.partial_rotary)
+    values.check(kind.norm_eps, kind.partial_rotary, LAYER_TYPES if kind.local_rope else ())
     eos_token_ids = Values(generation, "generation_config.json", source).end_tokens(raw["vocab_size"])
     eos_token_ids = eos_token_ids or values.end_tokens(raw["vocab_size"])
     from huggingface_hub.errors import StrictDataclassError
@@ -307,16 +360,18 @@ def _sliding_windows(config: PretrainedConfig, kind: Architecture) -> tuple[int 
     if kind.windows == "every_layer":
         return (window,) * config.num_hidden_layers
     for layer_type in config.layer_types:
-        if layer_type not in ("full_attention", "sliding_attention"):
-            raise _unsupported("layer_types", layer_type, "layer type", ("full_attention", "sliding_attention"))
+        if layer_type not in LAYER_TYPES:
+            raise _unsupported("layer_types", layer_type, "layer type", LAYER_TYPES)
     return tuple(window if layer_type == "sliding_attention" else None for layer_type in config.layer_types)
 
 
-def _rope_spec(config: PretrainedConfig, head_dim: int, may_be_partial: bool) -> RopeSpec:
+def _rope_spec(config: PretrainedConfig, head_dim: int, kind: Architecture, layer_type: str | None = None) -> RopeSpec:
+    """`layer_type`: where rotations differ from layer to layer, of which layers."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    parameters = config.rope_parameters
+    parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+    of_layers = {} if layer_type is None else {"layer_type": layer_type}
     rope_type = parameters["rope_type"]
     # A factor for each frequency, whatever the length, goes by this name; converted GGUF files have it.
     is_static = parameters.get("short_factor") == parameters.get("long_factor") and "attention_factor" in parameters
@@ -324,7 +379,7 @@ def _rope_spec(config: PretrainedConfig, head_dim: int, may_be_partial: bool) ->
         raise _unsupported("rope_parameters.rope_type", rope_type, "RoPE scaling", ROPE_TYPES)
     share = parameters.get("partial_rotary_factor", 1.0)
     rotated = int(head_dim * share)
-    if share != 1.0 and (not may_be_partial or rope_type == "dynamic" or rotated % 2 or not rotated):
+    if share != 1.0 and (not kind.partial_rotary or rope_type == "dynamic" or rotated % 2 or not rotated):
         problem = f"rotating {rotated} of the {head_dim} features of a head, with {rope_type} scaling, is not supported"
         raise ConfigError("rope_parameters.partial_rotary_factor", share, problem, "Use a model that has 1.0.")
     theta = parameters["rope_theta"]
@@ -332,7 +387,10 @@ def _rope_spec(config: PretrainedConfig, head_dim: int, may_be_partial: bool) ->
     if rope_type == "default":
         inv_freq, scaling = 1.0 / (theta ** (torch.arange(0, rotated, 2, dtype=torch.float) / rotated)), 1.0
     else:
-        inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), **of_layers)
+    if rope_type == "dynamic" and kind.local_rope:
+        remedy = "Use a model with another scaling."
+        raise ConfigError("rope_parameters.rope_type", rope_type, "differs from layer to layer", remedy)
     if rope_type == "dynamic":
         dynamic = DynamicRope(theta, parameters["factor"], config.max_position_embeddings)
     elif rope_type in ("linear", "yarn", "llama3"):

@@ -21,6 +21,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "neox": ("GPTNeoX", NEOX),
     "phi3": ("Phi3", PHI3),
     "olmo2": ("Olmo2", {"pad_token_id": None}),
+    "gemma3": (
+        "Gemma3",
+        {
+            **{"pad_token_id": None, "sliding_window": 32, "query_pre_attn_scalar": 12, "tie_word_embeddings": True},
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
 }
 POLICIES: dict[str, dict[str, Any]] = {
     "full": {},
