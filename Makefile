@@ -2,14 +2,14 @@
 #
 #   PYTHON    interpreter for the virtual environment (3.11 or later)
 #   VENV      where the environment goes
-#   EXTRAS    optional dependencies to install ("dev"; empty for a node that only serves)
+#   EXTRAS    optional dependencies to install ("dev,train"; empty for a node that only serves)
 #   JOBS      processes that run tests side by side
 #   PIP_ARGS  passed to every `pip install`. On Linux the default torch wheel is a CUDA build of
 #             several GB; a machine without a GPU can name a CPU-only index here, for example
 #             make setup PIP_ARGS="--extra-index-url <address of a CPU wheel index>"
 
 VENV ?= .venv
-EXTRAS ?= dev
+EXTRAS ?= dev,train
 JOBS ?= 2
 PIP_ARGS ?=
 MIN_PYTHON := 3.11

@@ -9,10 +9,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from runtime import yaml_text
@@ -237,12 +246,18 @@ class CacheConfig(Section):
     """sep streaming: compact once c tokens are stored, before the next one's attention (the paper), or after the
     attention of one that came on top of them (the reference code)."""
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _of_one_policy(cls, given: Any) -> Any:
-        """Fill in the policy's defaults, and refuse what belongs to another."""
+    def _of_one_policy(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Fill in the policy's defaults, and refuse what belongs to another. `model_fields_set` has what was given."""
         if not isinstance(given, Mapping):
-            return given
+            return handler(given)
+        cache = handler(cls._completed(given))
+        object.__setattr__(cache, "__pydantic_fields_set__", {key for key, value in given.items() if value is not None})
+        return cache
+
+    @classmethod
+    def _completed(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
         policy = given.get("policy", "full")
         design = (given.get("design") or "fundamental") if policy == "sep" else None
         defaults = next((settings for kind, settings in CACHE_DEFAULTS.items() if kind == (policy, design)), None)
@@ -286,6 +301,10 @@ class CacheConfig(Section):
     def bounded(self) -> bool:
         """Whether a sequence ends when its slot is full; else it may go on for ever."""
         return self.policy == "full" or self.design == "fundamental"
+
+    def given(self) -> dict[str, Any]:
+        """The settings that were given, not filled in."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
 
     @property
     def size(self) -> int | None:
@@ -389,7 +408,42 @@ class RayConfig(Section):
     """CPUs reserved per worker on a CPU mesh (GPU workers reserve one GPU each)."""
 
 
-class Config(Section):
+class Tree(Section):
+    """A whole tree of settings. `load` is the way in."""
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: Iterable[str] = ()) -> Self:
+        """Read YAML (or nothing), then apply `key.path=value` overrides. Both mean the same: a value is read as the
+        type of its field (runtime.yaml_text), lists as [a, b] or a,b.
+
+        Raises ConfigError naming the field, its value and the remedy.
+        """
+        tree: dict[str, Any] = {}
+        if path is not None:
+            try:
+                loaded = yaml_text.load(Path(path).read_bytes())
+            except OSError as error:
+                raise ConfigError(
+                    "config", str(path), error.strerror or "cannot be read", "Name a readable YAML file."
+                ) from error
+            except yaml.YAMLError as error:
+                raise ConfigError("config", str(path), f"is not YAML ({error})", "Mend the file.") from error
+            if loaded is not None and not isinstance(loaded, dict):
+                raise ConfigError("config", str(path), "is not a mapping of sections", "See configs/ for examples.")
+            empty = {key for key, value in (loaded or {}).items() if key in cls.model_fields and value in NULLS}
+            tree = yaml_text.for_field(
+                {key: {} if key in empty else value for key, value in (loaded or {}).items()}, cls
+            )
+        for override in overrides:
+            _apply_override(cls, tree, override)
+        return cls.from_dict(tree)
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Self:
+        return _validated(cls, tree, "", ConfigError)
+
+
+class Config(Tree):
     """The whole run. `Config.load` is the way in."""
 
     model: ModelConfig = ModelConfig()
@@ -434,44 +488,13 @@ class Config(Section):
         """Whether something is `auto` that measuring decides: the split of the workers, or the dtype."""
         return self.parallel.split == "auto" or self.model.dtype == "auto"
 
-    @classmethod
-    def load(cls, path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
-        """Read YAML (or nothing), then apply `key.path=value` overrides. Both mean the same: a value is read as the
-        type of its field (runtime.yaml_text), lists as [a, b] or a,b.
 
-        Raises ConfigError naming the field, its value and the remedy.
-        """
-        tree: dict[str, Any] = {}
-        if path is not None:
-            try:
-                loaded = yaml_text.load(Path(path).read_bytes())
-            except OSError as error:
-                raise ConfigError(
-                    "config", str(path), error.strerror or "cannot be read", "Name a readable YAML file."
-                ) from error
-            except yaml.YAMLError as error:
-                raise ConfigError("config", str(path), f"is not YAML ({error})", "Mend the file.") from error
-            if loaded is not None and not isinstance(loaded, dict):
-                raise ConfigError("config", str(path), "is not a mapping of sections", "See configs/ for examples.")
-            empty = {key for key, value in (loaded or {}).items() if key in cls.model_fields and value in NULLS}
-            tree = yaml_text.for_field(
-                {key: {} if key in empty else value for key, value in (loaded or {}).items()}, cls
-            )
-        for override in overrides:
-            _apply_override(tree, override)
-        return cls.from_dict(tree)
-
-    @classmethod
-    def from_dict(cls, tree: Mapping[str, Any]) -> Config:
-        return _validated(cls, tree, "", ConfigError)
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _apply_override(cls: type[Tree], tree: dict[str, Any], override: str) -> None:
     key, equals, text = (part.strip() for part in override.partition("="))
     if not equals or not key:
         raise ConfigError("--set", override, "is not key.path=value", "Write for example --set parallel.lp=2.")
     value: Any = Plain(text)
-    kind = _annotation(Config, key)
+    kind = _annotation(cls, key)
     # A text may begin with a bracket: server.host=[::1]
     if text[:1] in ("'", '"') or text[:1] in ("[", "{") and not _is_text(kind):
         try:
@@ -496,6 +519,9 @@ def _annotation(section: type[Section], key: str) -> Any:
     """The type of what `key.path` names; None where it names nothing."""
     kind: Any = section
     for part in key.split("."):
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+            continue
         fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, Section) else {}
         kind = fields[part].annotation if part in fields else None
     return kind

@@ -64,7 +64,8 @@ def for_field(value: Any, annotation: Any) -> Any:
     if isinstance(value, Mapping):
         section = next((kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
         fields = section.model_fields if section is not None else {}
-        return {key: for_field(item, fields[key].annotation if key in fields else str) for key, item in value.items()}
+        free = next((get_args(kind)[1] for kind in options if get_origin(kind) is dict), str)
+        return {key: for_field(item, fields[key].annotation if key in fields else free) for key, item in value.items()}
     sequences = [get_args(kind)[0] for kind in options if get_origin(kind) is tuple]
     if isinstance(value, list):
         for kind in sequences:

@@ -34,7 +34,8 @@ def save_tiny_model(directory: Path, seed: int = 0, architecture: str = "Llama",
     )
     settings |= overrides
     settings.setdefault("eos_token_id", 261 if settings["vocab_size"] > 261 else None)
-    config = getattr(transformers, f"{architecture}Config")(**settings)
+    suffix = "TextConfig" if architecture == "Gemma3" else "Config"
+    config = getattr(transformers, f"{architecture}{suffix}")(**settings)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config).float()
     model.save_pretrained(directory)

@@ -37,6 +37,7 @@ ROPES: dict[str, dict[str, Any]] = {
 # 9 heads over 3 and 8 over 2; 53 inner features and 101 tokens divide by nothing
 NINE = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
 EIGHT = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
+NEOX = {"hidden_size": 64, "num_attention_heads": 8, "hidden_act": "gelu"}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", NINE),
@@ -61,6 +62,36 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 VARIANTS |= {
+    "neox": ("GPTNeoX", {**NEOX, "rotary_pct": 0.25}),
+    "neox-whole-rotary": ("GPTNeoX", {**NEOX, "rotary_pct": 1.0, "rotary_emb_base": 500}),
+    "neox-serial": ("GPTNeoX", {**NEOX, "use_parallel_residual": False, "rotary_pct": 0.5}),
+    "neox-tied": ("GPTNeoX", {**NEOX, "tie_word_embeddings": True, "attention_bias": False}),
+    "phi3": ("Phi3", {**NINE, "sliding_window": None, "pad_token_id": None}),
+    "phi3-window-part": (
+        "Phi3",
+        {
+            **EIGHT,
+            "sliding_window": 6,
+            "pad_token_id": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+        },
+    ),
+    "olmo2": ("Olmo2", {**NINE, "pad_token_id": None}),
+    "olmo2-bias-one_kv_head": (
+        "Olmo2",
+        {**EIGHT, "num_key_value_heads": 1, "attention_bias": True, "pad_token_id": None},
+    ),
+}
+GEMMA3 = {"pad_token_id": None, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+BY_LAYER = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+}
+VARIANTS |= {
+    "gemma3": ("Gemma3", {**NINE, **GEMMA3, "query_pre_attn_scalar": 8, "tie_word_embeddings": True}),
+    "gemma3-ropes": ("Gemma3", {**EIGHT, **GEMMA3, "query_pre_attn_scalar": 12, "rope_parameters": BY_LAYER}),
+}
+VARIANTS |= {
     f"{kind.lower()}-rope-{rope}": (kind, {**heads, "rope_parameters": {"rope_theta": 1e4, **parameters}})
     for kind, heads in (("Llama", NINE), ("Mistral", EIGHT), ("Qwen2", NINE), ("Qwen3", EIGHT))
     for rope, parameters in ROPES.items()
@@ -81,7 +112,8 @@ def make_config(variant: str, **overrides: Any) -> Any:
         "bos_token_id": None,
         "eos_token_id": 7,
     }
-    return getattr(transformers, f"{architecture}Config")(**{**shared, **settings, **overrides})
+    suffix = "TextConfig" if architecture == "Gemma3" else "Config"
+    return getattr(transformers, f"{architecture}{suffix}")(**{**shared, **settings, **overrides})
 
 
 def make_model(variant: str, **overrides: Any) -> Any:

@@ -239,6 +239,25 @@ def run_batch(
 
 
 @app.command()
+def train(
+    config: Annotated[Path, typer.Option("--config", help="YAML file with the training config.")],
+    set_: SetOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in output.directory.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model under the cache policy that it is to be served under.
+
+    From scratch, or from a checkpoint. What comes out is a directory that `outrider serve --set model.path=...` serves
+    under the same policy without being told. Its name goes to standard output, progress to standard error.
+    """
+    from cluster.cli import training
+
+    training.run(config, set_ or (), resume=resume, as_json=as_json)
+
+
+@app.command()
 def plan(
     config: ConfigOption = None,
     set_: SetOption = None,

@@ -163,11 +163,13 @@ def _guessing() -> str:
 
 def _native_kernels() -> str:
     from runtime.model import native
+    from runtime.model.spec import ARCHITECTURES, beyond_llama
 
     works, detail = native.available()
     if not works:
         raise NotAvailable(detail, "Install g++ 11 or later: CPU workers are slower on torch's kernels.")
-    return f"{native.library().outrider_units().decode()}, {detail}"
+    others = [kind.model_type for kind in ARCHITECTURES.values() if beyond_llama(kind)]
+    return f"{native.library().outrider_units().decode()}, {detail}; torch's for {', '.join(others)}"
 
 
 def _embedded_model() -> str:

@@ -1,6 +1,7 @@
-"""The reference of all settings, written from the config tree itself: `python -m cluster.cli.reference`.
+"""The references of all settings, written from the config trees themselves: `python -m cluster.cli.reference`.
 
-`make docs` writes docs/configuration.md with it, and a test fails where the page and the tree differ.
+`make docs` writes docs/configuration.md and docs/training-settings.md with it, and a test fails where a page and its
+tree differ.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
-from runtime.config import CACHE_DEFAULTS, Config, Section
+from runtime.config import CACHE_DEFAULTS, CacheConfig, Config, Section
+from runtime.training.config import TrainingConfig
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = DOCS / "configuration.md"
+TRAINING_PAGE = DOCS / "training-settings.md"
 
 INTRODUCTION = """\
 # Settings
@@ -33,6 +38,15 @@ outrider serve --config configs/local-sink.yaml --set server.port=50052 --set pa
 A value after `--set` is read as YAML: `null`, `true`, `[suffix, recycle]`. An unknown key or value is
 an error that names it. The keys of `lookahead` and `sampling` are defaults: a request may bring its own values. Values
 that belong together are checked together.
+"""
+
+TRAINING_INTRODUCTION = """\
+# Settings of training
+
+<!-- Written by `make docs` from runtime/training/config.py. Change it there. -->
+
+What `outrider train --config FILE` reads, with `--set` for single keys, both as in [Settings](configuration.md).
+[Training](training.md) says what is done with it.
 """
 
 ENVIRONMENT = """\
@@ -57,6 +71,29 @@ def page() -> str:
     """docs/configuration.md."""
     sections = [_section(name, field.annotation) for name, field in Config.model_fields.items()]
     return "\n".join([INTRODUCTION, *sections, ENVIRONMENT])
+
+
+def training_page() -> str:
+    """docs/training-settings.md."""
+    fields = TrainingConfig.model_fields.items()
+    sections = [
+        _section(name, section_of(field)) for name, field in fields if section_of(field) not in (None, CacheConfig)
+    ]
+    cache = TrainingConfig.model_fields["cache"]
+    others = [
+        f"| `{name}` | {_type(field)} | {_default(TrainingConfig, name, field)} | {_meaning(field)} |"
+        for name, field in fields
+        if section_of(field) is None
+    ]
+    note = f"## cache\n\n{_meaning(cache)} Its keys are in [Settings](configuration.md#cache).\n"
+    head = ["## At the top", "", "| key | values | default | meaning |", "|---|---|---|---|"]
+    return "\n".join([TRAINING_INTRODUCTION, *sections, note, *head, *others, ""])
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section that a field is, if it is one."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def _section(name: str, kind: Any) -> str:
@@ -89,6 +126,8 @@ def _type_name(annotation: Any) -> str:
         return " or ".join([*parts, "`null`"] if NoneType in arguments else parts)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
+    if origin is dict:
+        return "mapping"
     if origin is tuple:
         return f"list of {_PLURALS.get(arguments[0]) or _type_name(arguments[0])}"
     return _NAMES[annotation]
@@ -111,6 +150,8 @@ def _default(kind: type[Section], key: str, field: FieldInfo) -> str:
 
 
 def _value(value: Any) -> str:
+    if value is PydanticUndefined:
+        return "to be given"
     if isinstance(value, tuple):
         return f"`[{', '.join(str(each) for each in value)}]`"
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
@@ -121,10 +162,12 @@ def _meaning(field: FieldInfo) -> str:
 
 
 def main() -> None:
-    """Write the page; with --check, only say (by the exit code) whether it is what it should be."""
+    """Write the pages; with --check, only say (by the exit code) whether they are what they should be."""
+    pages = {PAGE: page(), TRAINING_PAGE: training_page()}
     if "--check" in sys.argv[1:]:
-        sys.exit(PAGE.read_text() != page())
-    PAGE.write_text(page())
+        sys.exit(any(path.read_text() != text for path, text in pages.items()))
+    for path, text in pages.items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -79,10 +79,11 @@ def open_engine(config: Config) -> Iterator[Engine]:
     What is compiled on a first start is begun first, and waited for where it is needed.
     """
     from runtime.engine import ahead
-    from runtime.model.directory import checked_model
+    from runtime.model.directory import checked_model, for_model
 
     ahead.compile_all(config)
-    checked_model(config)  # what is wrong with the model is wrong without Ray, too: said before anything is started
+    config = for_model(config)
+    checked_model(config)  # what is wrong with it is wrong without Ray, too: said before anything is started
     if config.is_open:
         from runtime.tuning import choose
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from runtime.config import Config
 from runtime.engine.loop import EngineLoop, LoopStats
 from runtime.model.gguf import EMBEDDED_FILE
 from runtime.model.spec import ModelSpec
+from runtime.model.weights import HEAD, tensor_shapes
 
 if TYPE_CHECKING:
     from runtime.engine.engine import Engine  # which compiles when it is imported for the first time
@@ -71,9 +73,7 @@ def _device_kind(config: Config) -> str:
 
 def count_parameters(spec: ModelSpec) -> int:
     """Weights of the model, tied embeddings counted once."""
-    hidden, query, key = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    attention = hidden * (query + 2 * key) + query * hidden
-    attention += (query + 2 * key) * spec.qkv_bias + hidden * spec.o_bias + 2 * spec.head_dim * spec.qk_norm
-    mlp = 3 * hidden * spec.intermediate_size + (2 * spec.intermediate_size + hidden) * spec.mlp_bias
-    layers = spec.num_layers * (attention + mlp + 2 * hidden)
-    return layers + hidden + spec.vocab_size * hidden * (1 if spec.tie_embeddings else 2)
+    shapes = tensor_shapes(spec)
+    if spec.tie_embeddings:
+        del shapes[HEAD]
+    return sum(math.prod(shape) for shape in shapes.values())

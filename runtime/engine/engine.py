@@ -23,7 +23,7 @@ from runtime.engine.session import Session
 from runtime.engine.turn import Turn
 from runtime.errors import ConfigError, InvalidRequestError, NumericsError, ResourceExhaustedError, WorkerError
 from runtime.lookahead.knowledge import Knowledge
-from runtime.model.directory import checked_model
+from runtime.model.directory import checked_model, for_model
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.prompts import as_prompt, as_prompts, kind_of
@@ -104,6 +104,7 @@ class Engine:
             raise ConfigError("config", config, problem, remedy)
         if not isinstance(config, Config):
             config = Config.from_dict(config) if isinstance(config, Mapping) else Config.load(config)
+        config = for_model(config)
         if config.is_open:
             assert pool is None, "a pool's workers are started once: choose before it is made"
             config = choose.resolved(config, cls.from_config)

@@ -15,7 +15,7 @@ from runtime.errors import InvalidRequestError
 from runtime.mesh.device import pick_device
 from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch
-from runtime.model.directory import load_spec, resolve_model
+from runtime.model.directory import for_model, load_spec, resolve_model
 from runtime.model.loader import load_decoder
 from runtime.retention import Ledger, layer_groups, with_separator_ids
 from runtime.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ class Scorer:
 
         Raises ConfigError where the configuration cannot be run.
         """
-        self.config, self.chunk = config, chunk
+        self.config, self.chunk = config, chunk = for_model(config), chunk
         self.directory = resolve_model(config.model.path)
         if weights_of is None:
             self.spec = load_spec(self.directory)

@@ -18,7 +18,7 @@ again as the window moves.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -218,30 +218,38 @@ class StepAttention:
         positions: torch.Tensor,
         rope_lengths: torch.Tensor,
         views: Views,
-        rotary: Rotary,
+        rotary_of: Callable[[int], Rotary],
         heads: HeadShard,
         dtype: torch.dtype,
     ) -> None:
-        """`positions` and `rope_lengths` [T]; the groups of `views` together have every layer."""
-        turns = rotary.turns(positions, rope_lengths)
-        num_rows, half = turns.shape
-        scale = (2 * half) ** -0.5
-        num_kv = heads.num_kv_heads
-        parts = (turns * scale, heads.num_heads), (turns, num_kv), (torch.ones_like(turns), num_kv)
-        factors = torch.cat([part[:, None].expand(-1, count, -1) for part, count in parts], dim=1)
+        """`positions` and `rope_lengths` [T]; the groups of `views` together have every layer; `rotary_of` a layer, the
+        same for all of a group."""
         self.wide = at_least_float32(dtype)
-        factors = factors.to(self.wide.to_complex())
-        self.pairs_shape = (*factors.shape, 2)
+        made: dict[Rotary, torch.Tensor] = {}
+
+        def factors_of(rotary: Rotary) -> torch.Tensor:
+            """[T, H + 2K, d/2]"""
+            if rotary not in made:
+                turns = rotary.turns(positions, rope_lengths)
+                parts = (turns * scale, heads.num_heads), (turns, num_kv), (torch.ones_like(turns), num_kv)
+                factors = torch.cat([part[:, None].expand(-1, count, -1) for part, count in parts], dim=1)
+                made[rotary] = factors.to(self.wide.to_complex())
+            return made[rotary]
+
+        num_rows, num_kv = len(positions), heads.num_kv_heads
+        half = len(rotary_of(views[0][0][0]).inv_freq)
+        scale = (2 * half) ** -0.5
+        self.pairs_shape = (num_rows, heads.num_heads + 2 * num_kv, half, 2)
         self.counts = [view.num_rows for view in views[0][1]]
         out = torch.empty(num_rows, heads.num_heads, 2 * half, dtype=dtype, device=positions.device)
         self.out = out.view(num_rows, -1)
         self.layers: dict[int, tuple[list[_SegmentAttention], int]] = {}
         """Per layer, its group's segments, and the layer's index in the group."""
         for layers, of_sequences in views:
-            segments = []
+            segments, rotary = [], rotary_of(layers[0])
             for view, rows, lengths, part in zip(
                 of_sequences,
-                factors.split(self.counts),
+                factors_of(rotary).split(self.counts),
                 rope_lengths.split(self.counts),
                 out.split(self.counts),
                 strict=True,

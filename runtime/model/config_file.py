@@ -57,9 +57,14 @@ class Values:
             value = value.get(part) if isinstance(value, Mapping) else None
         return ConfigError(self.name, str(self.source), f"{key} = {value!r:.60} {problem}", "Mend the file.")
 
-    def check(self) -> None:
-        """Raises ConfigError for a value that is missing, or is not what its key wants."""
-        for key in (*COUNTS, "rms_norm_eps"):
+    def check(
+        self, norm_eps: str = "rms_norm_eps", may_be_partial: bool = False, layer_types: tuple[str, ...] = ()
+    ) -> None:
+        """`norm_eps`: the key of what norms add to a variance; `may_be_partial`: heads may be rotated in part;
+        `layer_types`: those whose layers may have a rotation of their own.
+
+        Raises ConfigError for a value that is missing, or is not what its key wants."""
+        for key in (*COUNTS, norm_eps):
             if key not in self.raw:
                 raise ConfigError(self.name, str(self.source), f"{key} is missing", "Mend the file.")
         for key in (*COUNTS, *OPTIONAL_COUNTS):
@@ -74,8 +79,8 @@ class Values:
         for key in SWITCHES:
             if key in self.raw and not isinstance(self.raw[key], bool):
                 raise self.refused(key, "is neither true nor false")
-        if not _is_number(self.raw["rms_norm_eps"]) or self.raw["rms_norm_eps"] < 0:
-            raise self.refused("rms_norm_eps", "is not a number of at least 0")
+        if not _is_number(self.raw[norm_eps]) or self.raw[norm_eps] < 0:
+            raise self.refused(norm_eps, "is not a number of at least 0")
         if "hidden_act" in self.raw and not isinstance(self.raw["hidden_act"], str):
             raise self.refused("hidden_act", "is not a name")
         heads, width = self.raw["num_attention_heads"], self.raw["hidden_size"]
@@ -83,13 +88,19 @@ class Values:
             raise self.refused("hidden_size", f"(the hidden size) is not a multiple of num_attention_heads = {heads}")
         if (self.raw.get("head_dim") or width // heads) % 2:
             raise self.refused("head_dim", "is odd, and features are rotated in pairs")
-        self._check_rope()
+        self._check_rope(may_be_partial, layer_types)
 
-    def _check_rope(self) -> None:
-        if self.raw.get("partial_rotary_factor") not in (None, 1):
-            raise self.refused("partial_rotary_factor", "is not supported: heads are rotated whole")
-        if "rope_theta" in self.raw:
-            self._positive("rope_theta")
+    def _check_rope(self, may_be_partial: bool, layer_types: tuple[str, ...]) -> None:
+        for key in ("partial_rotary_factor", "rotary_pct"):
+            if may_be_partial and self.raw.get(key) is not None:
+                self._positive(key)
+                if self.raw[key] > 1:
+                    raise self.refused(key, "is more than 1")
+            elif self.raw.get(key) not in (None, 1):
+                raise self.refused(key, "is not supported: heads are rotated whole")
+        for key in ("rope_theta", "rotary_emb_base", "rope_local_base_freq", "query_pre_attn_scalar"):
+            if key in self.raw:
+                self._positive(key)
         newer, older = self.raw.get("rope_parameters"), self.raw.get("rope_scaling")
         if newer and older and newer != older:
             raise self.refused("rope_scaling", "says otherwise than rope_parameters")
@@ -99,32 +110,45 @@ class Values:
                 continue
             if not isinstance(given, Mapping):
                 raise self.refused(key, "is not an object")
-            for name, value in given.items():
-                if isinstance(value, Mapping):
-                    raise self.refused(f"{key}.{name}", "is for some layers only, which is not supported")
-            kind = given.get("rope_type", given.get("type", "default"))
-            if not isinstance(kind, str):
-                raise self.refused(f"{key}.rope_type", "is not a name")
-            theta = given.get("rope_theta")
-            if theta is not None and self.raw.get("rope_theta", theta) != theta:
-                raise self.refused(f"{key}.rope_theta", f"says otherwise than rope_theta = {self.raw['rope_theta']!r}")
-            if given.get("type", kind) != kind:
-                raise self.refused(f"{key}.type", f"says otherwise than rope_type = {kind!r}")
-            if kind == "default" and given.get("factor") not in (None, 1):
-                raise self.refused(f"{key}.factor", "goes with a rope_type, such as linear, and there is none")
-            if not isinstance(given.get("truncate", True), bool):
-                raise self.refused(f"{key}.truncate", "is neither true nor false")
-            for number in ROPE_NUMBERS:
-                if number in given and not (given[number] is None and number not in ROPE_NEEDS.get(kind, ())):
-                    self._positive(f"{key}.{number}")
-            for needed in ROPE_NEEDS.get(kind, ()):
-                if needed not in given and not (needed.startswith("original_") and needed in self.raw):
-                    raise self.refused(f"{key}.{needed}", f"is missing, and {kind} scaling needs it")
-            factor = given.get("factor")
-            if factor is not None and factor < 1:
-                raise self.refused(f"{key}.factor", "is below 1")
-            if kind == "llama3" and not given["low_freq_factor"] < given["high_freq_factor"]:
-                raise self.refused(f"{key}.low_freq_factor", "is not below high_freq_factor")
+            by_layer = bool(layer_types) and any(isinstance(value, Mapping) for value in given.values())
+            if by_layer and set(given) != set(layer_types):
+                raise self.refused(key, f"has not the keys {' and '.join(layer_types)}")
+            for part in [f"{key}.{name}" for name in given] if by_layer else [key]:
+                self._check_rotation(part)
+
+    def _check_rotation(self, key: str) -> None:
+        """One object under rope_parameters or rope_scaling, or that of some layers there."""
+        given: Any = self.raw
+        for part in key.split("."):
+            given = given[part]
+        if not isinstance(given, Mapping):
+            raise self.refused(key, "is not an object")
+        for name, value in given.items():
+            if isinstance(value, Mapping):
+                raise self.refused(f"{key}.{name}", "is for some layers only, which is not supported")
+        kind = given.get("rope_type", given.get("type", "default"))
+        if not isinstance(kind, str):
+            raise self.refused(f"{key}.rope_type", "is not a name")
+        theta = given.get("rope_theta")
+        if theta is not None and "." not in key and self.raw.get("rope_theta", theta) != theta:
+            raise self.refused(f"{key}.rope_theta", f"says otherwise than rope_theta = {self.raw['rope_theta']!r}")
+        if given.get("type", kind) != kind:
+            raise self.refused(f"{key}.type", f"says otherwise than rope_type = {kind!r}")
+        if kind == "default" and given.get("factor") not in (None, 1):
+            raise self.refused(f"{key}.factor", "goes with a rope_type, such as linear, and there is none")
+        if not isinstance(given.get("truncate", True), bool):
+            raise self.refused(f"{key}.truncate", "is neither true nor false")
+        for number in ROPE_NUMBERS:
+            if number in given and not (given[number] is None and number not in ROPE_NEEDS.get(kind, ())):
+                self._positive(f"{key}.{number}")
+        for needed in ROPE_NEEDS.get(kind, ()):
+            if needed not in given and not (needed.startswith("original_") and needed in self.raw):
+                raise self.refused(f"{key}.{needed}", f"is missing, and {kind} scaling needs it")
+        factor = given.get("factor")
+        if factor is not None and factor < 1:
+            raise self.refused(f"{key}.factor", "is below 1")
+        if kind == "llama3" and not given["low_freq_factor"] < given["high_freq_factor"]:
+            raise self.refused(f"{key}.low_freq_factor", "is not below high_freq_factor")
 
     def _positive(self, key: str) -> None:
         value: Any = self.raw

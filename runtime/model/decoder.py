@@ -1,33 +1,50 @@
-"""One tensor-parallel rank's share of a Llama-family decoder. Shape legend: attention.py."""
+"""One tensor-parallel rank's share of a decoder. Shape legend: attention.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch, StepAttention, Views
 from runtime.model.kv_cache import CacheMaker, KVCache
-from runtime.model.layers import GatedMLP, Linear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
+from runtime.model.layers import Linear, RowParallelLinear, VocabParallelEmbedding
 from runtime.model.rotary import Rotary
 from runtime.model.sampler import Logits, TokenChooser
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 
+Rowwise = Any
+"""[T, D] -> [T, D], row by row: RMSNorm, LayerNorm, or nothing (`unchanged`). Kernels that want one of them say so
+(`ModelSpec.beyond_llama`)."""
+
+
+def unchanged(x: torch.Tensor) -> torch.Tensor:
+    """Where a family has no norm."""
+    return x
+
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    attention_norm: RMSNorm
+    attention_norm: Rowwise
     qkv: Linear
     """Queries, keys and values of this rank's heads in one product: [(H + 2K) * d, D]."""
-    head_norm: RMSNorm | None
-    """Norm of query and key heads, [H + K, d]."""
+    head_norm: Rowwise | None
+    """RMSNorm or WholeHeadNorm of query and key heads, [T, H + K, d]."""
     output: RowParallelLinear
-    mlp_norm: RMSNorm
-    mlp: GatedMLP
+    mlp_norm: Rowwise
+    mlp: Rowwise
+    """GatedMLP or PlainMLP."""
     window: int | None
+    output_norm: Rowwise
+    """Of what attention adds."""
+    down_norm: Rowwise
+    """Of what the MLP adds."""
+    parallel: bool
+    """The MLP has the same input as attention, not what attention has been added to."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +59,11 @@ class Decoder(CacheMaker, TokenChooser):
     """Token ids [start, stop) whose logits this rank computes."""
     embedding: VocabParallelEmbedding
     layers: tuple[DecoderLayer, ...]
-    norm: RMSNorm
+    norm: Rowwise
     head: Linear
     rotary: Rotary
+    local_rotary: Rotary | None = None
+    """Of layers with a sliding window, where it is another."""
 
     @torch.inference_mode()
     def forward(self, batch: RowBatch, caches: Sequence[KVCache]) -> torch.Tensor:
@@ -66,14 +85,19 @@ class Decoder(CacheMaker, TokenChooser):
         """
         tokens, positions, rope_lengths = columns.unbind(0)
         hidden = self.embedding(tokens)
-        attend = StepAttention(positions, rope_lengths, views, self.rotary, self.heads, self.dtype)
+        attend = StepAttention(positions, rope_lengths, views, self.rotary_of, self.heads, self.dtype)
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv(layer.attention_norm(hidden))
             if layer.head_norm is not None:
                 to_rotate = qkv.view(len(qkv), -1, self.spec.head_dim)[:, : -self.num_kv_heads]
                 to_rotate.copy_(layer.head_norm(to_rotate))
-            hidden += layer.output(attend(qkv, index, layer.window))
-            hidden += layer.mlp(layer.mlp_norm(hidden))
+            attended = layer.output_norm(layer.output(attend(qkv, index, layer.window)))
+            if layer.parallel:
+                attended += layer.mlp(layer.mlp_norm(hidden))
+                hidden += attended
+                continue
+            hidden += attended
+            hidden += layer.down_norm(layer.mlp(layer.mlp_norm(hidden)))
         return hidden
 
     @torch.inference_mode()

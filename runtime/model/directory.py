@@ -18,6 +18,7 @@ from runtime.errors import ConfigError
 from runtime.files import read_json
 from runtime.model.gguf_file import is_gguf
 from runtime.model.spec import ModelSpec, checked_values, read_spec
+from runtime.model.trained_policy import with_trained_policy
 from runtime.model.weights import check_weights
 
 _SPEC = TypeAdapter(ModelSpec)
@@ -82,6 +83,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
         remedy = "Name a model directory in Hugging Face layout."
         raise ConfigError("model.path", str(directory), "config.json: No such file or directory", remedy)
     return read_json(directory / "config.json")
+
+
+def for_model(config: Config) -> Config:
+    """`config` under the cache policy that its model was trained under, where it names none. Raises ConfigError."""
+    return with_trained_policy(config, resolve_model(config.model.path))
 
 
 def checked_model(config: Config) -> tuple[Path, ModelSpec]:

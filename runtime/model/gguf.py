@@ -114,6 +114,8 @@ class _Tensor:
     num_bytes: int
     turned_heads: int
     """Of a matrix whose rows llama.cpp has in pairs (2i, 2i + 1), Hugging Face in pairs (i, i + d/2); else 0."""
+    is_less_one: bool = False
+    """Of a norm's weight, from which Hugging Face's checkpoint has 1 taken off."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def _planned(file: GGUFFile) -> _Plan:
     for name, stored in file.tensors.items():
         if name == FREQUENCIES or LEFT_OVER.fullmatch(name):
             continue
-        new_name = hugging_face_name(name)
+        new_name = hugging_face_name(name, file.metadata["general.architecture"])
         kind = GGMLQuantizationType(stored.kind).name
         if new_name is None:
             problem = f"its tensor {name} has no place in a model of this architecture"
@@ -148,7 +150,11 @@ def _planned(file: GGUFFile) -> _Plan:
         if file.metadata["general.architecture"] == "llama":
             count = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(new_name.split(".")[-2])
             heads = config[count] if count else 0
-        tensors.append(_Tensor(new_name, stored, dtype, width * int(np.prod(stored.shape)), heads))
+        less_one = file.metadata["general.architecture"] == "gemma3" and len(stored.shape) == 1
+        if less_one and dtype != "F32":
+            remedy = "Convert the model anew."
+            raise refused(file.paths[0], f"its tensor {name} has type {kind}, and norms are float32", remedy)
+        tensors.append(_Tensor(new_name, stored, dtype, width * int(np.prod(stored.shape)), heads, less_one))
     spec = read_spec(config, generation, file.paths[0])
     check_tensors(spec, {tensor.name: (tensor.stored.shape, tensor.dtype) for tensor in tensors}, file.paths[0])
     tokenizer = GGUFTokenizer.of(file)
@@ -214,7 +220,12 @@ def _chunks(tensor: _Tensor) -> Iterator[partial[NDArray[Any]]]:
         order = order.reshape(tensor.turned_heads, -1, 2).swapaxes(1, 2).ravel()
     step = max(1, CHUNK * num_rows // int(np.prod(stored.shape)))
     for start in range(0, num_rows, step):
-        yield partial(_exact, raw, order[start : start + step], stored.kind)
+        make = _less_one if tensor.is_less_one else _exact
+        yield partial(make, raw, order[start : start + step], stored.kind)
+
+
+def _less_one(raw: NDArray[np.uint8], rows: NDArray[np.int64], kind: int) -> NDArray[Any]:
+    return _exact(raw, rows, kind).view(np.float32) - np.float32(1)
 
 
 def _exact(raw: NDArray[np.uint8], rows: NDArray[np.int64], kind: int) -> NDArray[Any]:

@@ -12,7 +12,12 @@ from typing import Any
 from runtime.errors import ConfigError
 from runtime.model.gguf_file import GGUFFile, refused
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
 """By general.architecture. Mistral's files say llama."""
 SIZES = {
     "block_count": "num_hidden_layers",
@@ -79,17 +84,27 @@ IN_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+GEMMA3_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+GEMMA3_WINDOWS, GEMMA3_LOCAL_THETA = 6, 10000.0
+"""What llama.cpp has of its own for these files: each sixth layer sees everything, the others rotate by this base."""
+GEMMA3_27B_LAYERS = 62
+"""The one size whose scores are scaled by the hidden size per head."""
 LEFT_OVER = re.compile(r"(blk\.\d+\.)?attn_rot_embd(\.weight)?")
 """Plain frequencies, which early files have and nobody reads."""
 
 
-def hugging_face_name(name: str) -> str | None:
-    """What the tensor `name` is called in a Hugging Face checkpoint; None if no supported model has it."""
+def hugging_face_name(name: str, architecture: str) -> str | None:
+    """What the tensor `name` is called in a Hugging Face checkpoint; None if no model of the architecture has it."""
+    in_layer = IN_LAYER | (GEMMA3_NORMS if architecture == "gemma3" else {})
     stem, _, kind = name.rpartition(".")
     if kind not in ("weight", "bias"):
         return None
     if layer := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
-        part = IN_LAYER.get(layer[2])
+        part = in_layer.get(layer[2])
         return f"model.layers.{layer[1]}.{part}.{kind}" if part else None
     return f"{TOP[stem]}.{kind}" if stem in TOP else None
 
@@ -165,7 +180,7 @@ def hugging_face_config(file: GGUFFile) -> tuple[dict[str, Any], dict[str, Any]]
     vocab_size = embedding.shape[0]
     special = {name: data.token_id(name, vocab_size) for name in ("bos", "padding", "unknown", *END_TOKENS)}
     ends = list(dict.fromkeys(special[name] for name in END_TOKENS if special[name] is not None))
-    names = {hugging_face_name(name) for name in file.tensors}
+    names = {hugging_face_name(name, data.architecture) for name in file.tensors}
     architecture = ARCHITECTURES[data.architecture]
     config |= {
         "architectures": [architecture],
@@ -187,6 +202,10 @@ def hugging_face_config(file: GGUFFile) -> tuple[dict[str, Any], dict[str, Any]]
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in names
     if data.architecture == "llama":
         config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in names
+    tokens = {"bos_token_id": special["bos"], "eos_token_id": ends or None, "pad_token_id": special["padding"]}
+    generation = {name: value for name, value in tokens.items() if value is not None}
+    if data.architecture == "gemma3":
+        return config | _gemma3(data, config), generation
     has_window = data.values.get(f"{data.architecture}.attention.sliding_window")  # zero is none
     window = data.count("attention.sliding_window") if has_window else config["max_position_embeddings"]
     if window < config["max_position_embeddings"]:
@@ -194,8 +213,29 @@ def hugging_face_config(file: GGUFFile) -> tuple[dict[str, Any], dict[str, Any]]
             raise data.wrong("attention.sliding_window", "is not supported: which layers have it is not said", ORIGINAL)
         config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
         del config["attention_bias"], config["mlp_bias"]
-    tokens = {"bos_token_id": special["bos"], "eos_token_id": ends or None, "pad_token_id": special["padding"]}
-    return config, {name: value for name, value in tokens.items() if value is not None}
+    return config, generation
+
+
+def _gemma3(data: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    """What config.json has of a Gemma 3 beside what all have."""
+    layers, per_head = config["num_hidden_layers"], config["hidden_size"] // config["num_attention_heads"]
+    rope = config["rope_parameters"]
+    if rope["rope_type"] not in ("default", "linear"):
+        raise data.wrong("rope.scaling.type", "is not supported", ORIGINAL)
+    return {
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": per_head if layers == GEMMA3_27B_LAYERS else config["head_dim"],
+        "sliding_window": data.count("attention.sliding_window"),
+        "layer_types": [
+            "full_attention" if layer % GEMMA3_WINDOWS == GEMMA3_WINDOWS - 1 else "sliding_attention"
+            for layer in range(layers)
+        ],
+        "rope_parameters": {
+            "full_attention": rope,
+            "sliding_attention": {"rope_type": "default", "rope_theta": GEMMA3_LOCAL_THETA},
+        },
+    }
 
 
 def _rope(data: Metadata, head_dim: int) -> dict[str, Any]:

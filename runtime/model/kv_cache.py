@@ -210,6 +210,12 @@ class CacheMaker:
     dtype: torch.dtype
     heads: HeadShard
     rotary: Rotary
+    local_rotary: Rotary | None = None
+
+    def rotary_of(self, layer: int) -> Rotary:
+        """How a layer's heads are rotated."""
+        is_local = self.local_rotary is not None and self.spec.sliding_windows[layer] is not None
+        return self.local_rotary if is_local else self.rotary  # type: ignore[return-value]
 
     @property
     def num_kv_heads(self) -> int:
@@ -217,9 +223,17 @@ class CacheMaker:
         return self.heads.num_kv_heads
 
     def make_caches(self, groups: Sequence[LayerGroup], num_slots: int, max_staged: int) -> tuple[KVCache, ...]:
-        """Empty caches, one per group of layers that keep the same tokens. Raises ConfigError without memory for them.
+        """Empty caches, one per group of layers that keep the same tokens and rotate alike. Raises ConfigError without
+        memory for them.
 
         `max_staged`: most rows of one sequence in one step.
         """
-        kinds = self.num_kv_heads, self.spec.head_dim, max_staged, self.rotary, self.dtype, self.mesh.device
-        return tuple(KVCache(group, num_slots, *kinds) for group in groups)
+        sizes, place = (self.num_kv_heads, self.spec.head_dim, max_staged), (self.dtype, self.mesh.device)
+        caches = []
+        for group in groups:
+            by_rotary: dict[Rotary, list[int]] = {}
+            for layer in group.layers:
+                by_rotary.setdefault(self.rotary_of(layer), []).append(layer)
+            for rotary, layers in by_rotary.items():
+                caches.append(KVCache(LayerGroup(tuple(layers), group.new), num_slots, *sizes, rotary, *place))
+        return tuple(caches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,9 +76,11 @@ class RowParallelLinear:
 class VocabParallelEmbedding:
     """Token vectors, the vocabulary split over the ranks; a rank contributes zeros for others' tokens."""
 
-    def __init__(self, weight: torch.Tensor, start: int, mesh: Mesh) -> None:
-        """`weight` [V_local, D] holds the tokens from `start` on."""
+    def __init__(self, weight: torch.Tensor, start: int, mesh: Mesh, scale: float | None = None) -> None:
+        """`weight` [V_local, D] holds the tokens from `start` on. `scale`: what vectors are multiplied by, rounded to
+        the weights' type."""
         self.start, self.count = start, len(weight)
+        self.scale = None if scale is None else torch.tensor(scale, dtype=weight.dtype, device=weight.device)
         self.table = torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
         self.mesh = mesh
 
@@ -85,7 +88,8 @@ class VocabParallelEmbedding:
         """tokens [T] -> [T, D]."""
         local = tokens - self.start
         outside = (local < 0) | (local >= self.count)
-        return self.mesh.all_reduce(F.embedding(local.masked_fill_(outside, self.count), self.table))
+        vectors = self.mesh.all_reduce(F.embedding(local.masked_fill_(outside, self.count), self.table))
+        return vectors if self.scale is None else vectors.mul_(self.scale)
 
 
 class RMSNorm:
@@ -96,7 +100,8 @@ class RMSNorm:
     """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        """`weight` [D], or [heads, d] where every head has its own."""
+        """`weight` [D], or [heads, d] where every head has its own. In float32 for rows of a half type, the product is
+        rounded once, behind it."""
         size = weight.shape[-1]
         self.narrow = weight.dtype.itemsize < 4
         # x / sqrt(sum(x^2) / D + eps) = x / sqrt(sum(x^2) + D * eps) * sqrt(D)
@@ -106,11 +111,55 @@ class RMSNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, D] or [T, heads, d], same shape back."""
-        wide = x.float() if self.narrow else x
+        wide = x.to(self.floor.dtype)
         scale = (wide * wide).sum(-1, keepdim=True).add_(self.floor).rsqrt_()
         if self.narrow:  # round where Hugging Face does
             return (wide * scale.mul_(self.root)).to(x.dtype).mul_(self.weight)
-        return (x * scale).mul_(self.weight)
+        return (wide * scale).mul_(self.weight).to(x.dtype)
+
+
+class LayerNorm:
+    """(x - mean(x)) / std(x) * weight + bias over the last dimension, each row by itself."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
+        """`weight` and `bias` [D]."""
+        self.weight, self.bias, self.eps = weight, bias, eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, D], same shape back."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class WholeHeadNorm:
+    """RMS norms over all query heads together and over all key heads together, which are split over the ranks."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        eps: float,
+        num_heads: int,
+        counted: torch.Tensor,
+        sizes: tuple[int, int],
+        mesh: Mesh,
+    ) -> None:
+        """`weight` [H + K, d] of this rank's heads, H = `num_heads`; `counted` [K] whether it is this rank that adds a
+        key head to the sum, of those that hold it; `sizes`: features of all ranks' query heads, and of their key heads.
+        """
+        self.weight, self.eps, self.num_heads, self.mesh = weight, eps, num_heads, mesh
+        self.wide = at_least_float32(weight.dtype)
+        self.counted = counted.to(self.wide)[:, None]
+        self.sizes = torch.tensor(sizes, dtype=self.wide, device=weight.device)
+        kinds = [0] * num_heads + [1] * len(counted)
+        self.kinds = torch.tensor(kinds, device=weight.device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, H + K, d], same shape back."""
+        wide = x.to(self.wide)
+        squares = wide * wide
+        queries, keys = squares[:, : self.num_heads], squares[:, self.num_heads :] * self.counted
+        sums = torch.stack([queries.flatten(1).sum(-1), keys.flatten(1).sum(-1)], dim=1)
+        scale = (self.mesh.all_reduce(sums) / self.sizes).add_(self.eps).rsqrt_()  # [T, 2]
+        return (wide * scale[:, self.kinds, None] * self.weight).to(x.dtype)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -131,6 +180,18 @@ class GatedMLP:
         return self.down(activate(gate, self.activation).mul_(up))
 
 
+class PlainMLP:
+    """down(act(up(x))); the inner features are split over the ranks."""
+
+    def __init__(self, up: Linear, down: RowParallelLinear, activation: str) -> None:
+        self.up = up
+        self.down = down
+        self.activation = activation
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(activate(self.up(x), self.activation))
+
+
 def activate(x: torch.Tensor, name: str) -> torch.Tensor:
     """The activation a Hugging Face config calls `name` (one of spec.ACTIVATIONS), as a new tensor."""
     if name in ("silu", "swish"):
@@ -138,11 +199,18 @@ def activate(x: torch.Tensor, name: str) -> torch.Tensor:
     return F.gelu(x, approximate="none" if name == "gelu" else "tanh")
 
 
+class NormWeights(NamedTuple):
+    """[D] each; a bias for layer norms only."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """One rank's share of a layer's tensors, those that are multiplied together fused."""
 
-    attention_norm: torch.Tensor
+    attention_norm: NormWeights | None
     qkv: torch.Tensor
     """[(H + 2K) * d, D], as DecoderLayer.qkv."""
     qkv_bias: torch.Tensor | None
@@ -150,10 +218,14 @@ class LayerWeights:
     """[H + K, d]"""
     output: torch.Tensor
     output_bias: torch.Tensor | None
-    mlp_norm: torch.Tensor
+    mlp_norm: NormWeights | None
     gate_up: torch.Tensor
-    """Gate first, then up."""
+    """Gate first, then up; or up alone."""
     gate_up_bias: torch.Tensor | None
     down: torch.Tensor
     down_bias: torch.Tensor | None
     window: int | None
+    output_norm: NormWeights | None = None
+    """Behind attention."""
+    down_norm: NormWeights | None = None
+    """Behind the MLP."""

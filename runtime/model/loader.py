@@ -10,8 +10,20 @@ import torch
 
 from runtime.errors import ConfigError
 from runtime.mesh.mesh import Mesh
-from runtime.model.decoder import Decoder, DecoderLayer
-from runtime.model.layers import GatedMLP, LayerWeights, Linear, RMSNorm, RowParallelLinear, VocabParallelEmbedding
+from runtime.model.decoder import Decoder, DecoderLayer, Rowwise, unchanged
+from runtime.model.layers import (
+    GatedMLP,
+    LayerNorm,
+    LayerWeights,
+    Linear,
+    NormWeights,
+    PlainMLP,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    WholeHeadNorm,
+    at_least_float32,
+)
 from runtime.model.native.decoder import NativeDecoder, obstacle
 from runtime.model.rotary import Rotary, pairs_adjacent
 from runtime.model.shard import HeadShard, split
@@ -43,13 +55,14 @@ def load_decoder(
         head = checkpoint.rows(HEAD, *vocab_range) if checkpoint.has_head else table
         if spec.tie_embeddings and torch.equal(head, table):
             head = table  # once in memory; else it is a head of its own, as in transformers, whatever the config says
-        norm = checkpoint.rows("model.norm.weight")
-        embedding = VocabParallelEmbedding(table, vocab_range[0], mesh)
+        norm = _norm_weights(checkpoint, spec, "model.norm")
+        scale = spec.hidden_size**0.5 if spec.embedding_scaled else None
+        embedding = VocabParallelEmbedding(table, vocab_range[0], mesh, scale)
         rotary = Rotary(spec.rope, mesh.device)
         reader = _LayerReader(checkpoint, spec, heads, mesh)
         layers = (reader.layer(index) for index in range(spec.num_layers))  # read when their turn comes: memory
         if is_native:
-            return NativeDecoder(spec, mesh, dtype, heads, vocab_range, embedding, layers, norm, head, rotary)
+            return NativeDecoder(spec, mesh, dtype, heads, vocab_range, embedding, layers, norm.weight, head, rotary)
         return Decoder(
             spec=spec,
             mesh=mesh,
@@ -57,10 +70,11 @@ def load_decoder(
             heads=heads,
             vocab_range=vocab_range,
             embedding=embedding,
-            layers=tuple(_torch_layer(weights, spec, mesh) for weights in layers),
-            norm=RMSNorm(norm, spec.rms_eps),
+            layers=tuple(_torch_layer(weights, spec, heads, mesh) for weights in layers),
+            norm=_norm(norm, spec),
             head=Linear(head),
             rotary=rotary,
+            local_rotary=None if spec.local_rope is None else Rotary(spec.local_rope, mesh.device),
         )
 
 
@@ -73,20 +87,52 @@ def _has_native(spec: ModelSpec, dtype: torch.dtype, device: torch.device, requi
     return problem is None
 
 
-def _torch_layer(weights: LayerWeights, spec: ModelSpec, mesh: Mesh) -> DecoderLayer:
-    def norm(weight: torch.Tensor) -> RMSNorm:
-        return RMSNorm(weight, spec.rms_eps)
+def _norm(weights: NormWeights | None, spec: ModelSpec) -> Rowwise:
+    if weights is None:
+        return unchanged
+    if weights.bias is not None:
+        return LayerNorm(weights.weight, weights.bias, spec.rms_eps)
+    return RMSNorm(weights.weight, spec.rms_eps)
 
+
+def _head_norm(weights: LayerWeights, spec: ModelSpec, heads: HeadShard, mesh: Mesh) -> RMSNorm | WholeHeadNorm | None:
+    if weights.head_norm is None:
+        return None
+    if not spec.qk_norm_whole:
+        return RMSNorm(weights.head_norm, spec.rms_eps)
+    per_kv = spec.num_heads // spec.num_kv_heads
+    # Of the ranks that hold a key head, the one with its first query head
+    counted = [heads.query_start <= head * per_kv < heads.query_stop for head in range(heads.kv_start, heads.kv_stop)]
+    sizes = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    mask = torch.tensor(counted, device=weights.head_norm.device)
+    return WholeHeadNorm(weights.head_norm, spec.rms_eps, heads.num_heads, mask, sizes, mesh)
+
+
+def _torch_layer(weights: LayerWeights, spec: ModelSpec, heads: HeadShard, mesh: Mesh) -> DecoderLayer:
+    up = Linear(weights.gate_up, weights.gate_up_bias)
     down = RowParallelLinear(weights.down, weights.down_bias, mesh)
     return DecoderLayer(
-        attention_norm=norm(weights.attention_norm),
+        attention_norm=_norm(weights.attention_norm, spec),
         qkv=Linear(weights.qkv, weights.qkv_bias),
-        head_norm=None if weights.head_norm is None else norm(weights.head_norm),
+        head_norm=_head_norm(weights, spec, heads, mesh),
         output=RowParallelLinear(weights.output, weights.output_bias, mesh),
-        mlp_norm=norm(weights.mlp_norm),
-        mlp=GatedMLP(Linear(weights.gate_up, weights.gate_up_bias), down, spec.activation),
+        mlp_norm=_norm(weights.mlp_norm, spec),
+        mlp=(GatedMLP if spec.gated else PlainMLP)(up, down, spec.activation),
         window=weights.window,
+        output_norm=_norm(weights.output_norm, spec),
+        down_norm=_norm(weights.down_norm, spec),
+        parallel=spec.parallel,
     )
+
+
+def _norm_weights(checkpoint: Checkpoint, spec: ModelSpec, name: str) -> NormWeights:
+    bias = checkpoint.rows(f"{name}.bias") if spec.norm == "layer" else None
+    return NormWeights(_offset(checkpoint.rows(f"{name}.weight"), spec), bias)
+
+
+def _offset(weight: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
+    """A norm's weight; one that is stored less 1 in float32 at least, where the sum is not rounded."""
+    return weight.to(at_least_float32(weight.dtype)) + 1 if spec.norm_offset else weight
 
 
 class _LayerReader:
@@ -99,19 +145,25 @@ class _LayerReader:
         spec, prefix = self.spec, f"model.layers.{index}"
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
         start, stop = split(spec.intermediate_size, self.mesh.shard, self.mesh.tp)
+        attention_norm, output_norm, mlp_norm, down_norm = (
+            None if name is None else _norm_weights(self.checkpoint, spec, f"{prefix}.{name}")
+            for name in spec.norm_names
+        )
         return LayerWeights(
-            attention_norm=self.checkpoint.rows(f"{prefix}.input_layernorm.weight"),
+            attention_norm=attention_norm,
             qkv=self._qkv(attention, "weight"),
             qkv_bias=self._qkv(attention, "bias") if spec.qkv_bias else None,
-            head_norm=self._head_norm(attention) if spec.qk_norm else None,
+            head_norm=self._head_norm(attention) if spec.qk_norm or spec.qk_norm_whole else None,
             output=self._output(attention),
             output_bias=self.checkpoint.rows(f"{attention}.o_proj.bias") if spec.o_bias else None,
-            mlp_norm=self.checkpoint.rows(f"{prefix}.post_attention_layernorm.weight"),
+            mlp_norm=mlp_norm,
             gate_up=self._gate_up(mlp, "weight"),
             gate_up_bias=self._gate_up(mlp, "bias") if spec.mlp_bias else None,
             down=self.checkpoint.columns(f"{mlp}.down_proj.weight", start, stop),
             down_bias=self.checkpoint.rows(f"{mlp}.down_proj.bias") if spec.mlp_bias else None,
             window=spec.sliding_windows[index],
+            output_norm=output_norm,
+            down_norm=down_norm,
         )
 
     def _qkv(self, name: str, kind: str) -> torch.Tensor:
@@ -134,7 +186,7 @@ class _LayerReader:
     def _paired(self, tensor: torch.Tensor) -> torch.Tensor:
         """Whole heads along the first axis, their features in the order that rotation wants."""
         features = torch.arange(len(tensor), device=tensor.device).view(-1, self.spec.head_dim)
-        return tensor[pairs_adjacent(features).flatten()]
+        return tensor[pairs_adjacent(features, self.spec.rope.num_rotated).flatten()]
 
     def _padded(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """Spread the heads along `axis` over the rectangle of HeadShard, zeros between them."""
@@ -147,12 +199,18 @@ class _LayerReader:
         return apart.new_zeros(shape).index_copy_(axis, places, apart).flatten(axis, axis + 1)
 
     def _head_norm(self, name: str) -> torch.Tensor:
-        query = self.checkpoint.rows(f"{name}.q_norm.weight")
-        key = self.checkpoint.rows(f"{name}.k_norm.weight")
-        weight = torch.cat([query.expand(self.heads.num_heads, -1), key.expand(self.heads.num_kv_heads, -1)])
-        return pairs_adjacent(weight)
+        heads, dim, rotated = self.heads, self.spec.head_dim, self.spec.rope.num_rotated
+        if self.spec.qk_norm_whole:
+            query = self.checkpoint.rows(f"{name}.q_norm.weight", heads.query_start * dim, heads.query_stop * dim)
+            key = self.checkpoint.rows(f"{name}.k_norm.weight", heads.kv_start * dim, heads.kv_stop * dim)
+            weight = torch.cat([self._padded(query, axis=0), key]).view(-1, dim)
+            return pairs_adjacent(weight, rotated)
+        query = _offset(self.checkpoint.rows(f"{name}.q_norm.weight"), self.spec) * self.spec.query_factor
+        key = _offset(self.checkpoint.rows(f"{name}.k_norm.weight"), self.spec)
+        weight = torch.cat([query.expand(heads.num_heads, -1), key.expand(heads.num_kv_heads, -1)])
+        return pairs_adjacent(weight, rotated)
 
     def _gate_up(self, name: str, kind: str) -> torch.Tensor:
         start, stop = split(self.spec.intermediate_size, self.mesh.shard, self.mesh.tp)
-        parts = ("gate_proj", "up_proj")
+        parts = ("gate_proj", "up_proj") if self.spec.gated else ("up_proj",)
         return torch.cat([self.checkpoint.rows(f"{name}.{part}.{kind}", start, stop) for part in parts])

@@ -52,9 +52,11 @@ class Rotary:
         return torch.where(seq_len[:, None] > dynamic.max_positions, scaled, self.inv_freq)
 
 
-def pairs_adjacent(heads: torch.Tensor) -> torch.Tensor:
+def pairs_adjacent(heads: torch.Tensor, num_rotated: int | None = None) -> torch.Tensor:
     """Reorder heads [..., d] whose pairs are (i, i + d/2), as Hugging Face has them, to pairs (2i, 2i + 1).
 
-    Done to the weights of queries and keys alike, it leaves their products as they were.
+    `num_rotated`: of heads that are rotated in part, the first features, whose pairs are (i, i + num_rotated/2); None:
+    all. Done to the weights of queries and keys alike, it leaves their products as they were.
     """
-    return heads.unflatten(-1, (2, -1)).mT.flatten(-2)
+    rotated, still = heads[..., :num_rotated], heads[..., heads.shape[-1] if num_rotated is None else num_rotated :]
+    return torch.cat([rotated.unflatten(-1, (2, -1)).mT.flatten(-2), still], dim=-1)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from runtime.errors import ConfigError
 from runtime.files import flaw, read_json
-from runtime.model.spec import ModelSpec
+from runtime.model.spec import ARCHITECTURES, ModelSpec
 
 if TYPE_CHECKING:
     import torch  # imported by who wants tensors: checking needs none
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = ("F64", "F32", "F16", "BF16")
-LEFT_OVER = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+LEFT_OVER = r"(.*\.)?rotary_emb\.inv_freq"
 """Plain frequencies, which early checkpoints have; they follow from the config."""
 WRONG_MODEL = "Its config.json describes another model."
 
@@ -41,6 +41,8 @@ class Checkpoint:
         """
         self.directory = directory
         self.dtype, self.device = dtype, device
+        self.layout = ARCHITECTURES[spec.architecture].layout
+        self._slots = self.layout.slots(tensor_shapes(spec), spec.head_dim)
         self._stack = ExitStack()
         self._places: dict[str, tuple[Any, str]] = {}  # by the model's name: the file, and the name there
         try:
@@ -50,9 +52,9 @@ class Checkpoint:
         except BaseException:
             self._stack.close()
             raise
-        self.table_name = TABLE if TABLE in self._places else HEAD
+        self.table_name = TABLE if self.layout.name(TABLE) in self._places else HEAD
         """A tied model may have been saved with its head alone."""
-        self.has_head = HEAD in self._places
+        self.has_head = self.layout.name(HEAD) in self._places
         """Whether the head has weights of its own, whatever the config says of tying."""
 
     def _open(self) -> None:
@@ -74,8 +76,9 @@ class Checkpoint:
                 if index.get(name, file_name) == file_name:
                     self._places[name] = (file, name)
         # A bare decoder, saved without the head's class around it, has no "model." before its names.
-        if not any(name.startswith("model.") for name in self._places):
-            self._places = {name if name == HEAD else f"model.{name}": place for name, place in self._places.items()}
+        root, head = f"{self.layout.root}.", self.layout.name(HEAD)
+        if not any(name.startswith(root) for name in self._places):
+            self._places = {name if name == head else f"{root}{name}": place for name, place in self._places.items()}
 
     def _refused(self, problem: str, remedy: str) -> ConfigError:
         return ConfigError("model.path", str(self.directory), problem, remedy)
@@ -88,11 +91,18 @@ class Checkpoint:
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows start .. stop-1 of a tensor."""
-        return self._convert(self._slice(name)[start:stop])
+        import torch
+
+        slot = self._slots[name]
+        runs = slot.runs(start, slot.num_rows if stop is None else stop) or [(0, 0)]
+        parts = [self._slice(slot.name)[first:behind] for first, behind in runs]
+        return self._convert(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Columns start .. stop-1 of a matrix."""
-        return self._convert(self._slice(name)[:, start:stop])
+        slot = self._slots[name]
+        assert slot.is_whole, f"{slot.name} holds more than {name}"
+        return self._convert(self._slice(slot.name)[:, start:stop])
 
     def _slice(self, name: str) -> Any:
         file, own_name = self._places[name]
@@ -111,7 +121,7 @@ def check_weights(directory: Path, spec: ModelSpec) -> None:
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model and its shape, by its name in Hugging Face's layout."""
+    """Every tensor of the model and its shape, by the name that Llama's checkpoints give it."""
     hidden, inner, dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
     queries, keys = spec.num_heads * dim, spec.num_kv_heads * dim
     matrices = {
@@ -119,23 +129,24 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj": ((keys, hidden), spec.qkv_bias),
         "self_attn.v_proj": ((keys, hidden), spec.qkv_bias),
         "self_attn.o_proj": ((hidden, queries), spec.o_bias),
-        "mlp.gate_proj": ((inner, hidden), spec.mlp_bias),
+        **({"mlp.gate_proj": ((inner, hidden), spec.mlp_bias)} if spec.gated else {}),
         "mlp.up_proj": ((inner, hidden), spec.mlp_bias),
         "mlp.down_proj": ((hidden, inner), spec.mlp_bias),
     }
-    shapes: dict[str, tuple[int, ...]] = {TABLE: (spec.vocab_size, hidden), "model.norm.weight": (hidden,)}
-    shapes[HEAD] = (spec.vocab_size, hidden)
+    norm_kinds = ("weight", "bias") if spec.norm == "layer" else ("weight",)
+    shapes: dict[str, tuple[int, ...]] = {TABLE: (spec.vocab_size, hidden), HEAD: (spec.vocab_size, hidden)}
+    shapes |= {f"model.norm.{kind}": (hidden,) for kind in norm_kinds}
     for layer in range(spec.num_layers):
         prefix = f"model.layers.{layer}"
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{prefix}.{name}.weight"] = (hidden,)
+        for norm in filter(None, spec.norm_names):
+            shapes |= {f"{prefix}.{norm}.{kind}": (hidden,) for kind in norm_kinds}
         for name, (shape, has_bias) in matrices.items():
             shapes[f"{prefix}.{name}.weight"] = shape
             if has_bias:
                 shapes[f"{prefix}.{name}.bias"] = shape[:1]
-        if spec.qk_norm:
-            for name in ("q_norm", "k_norm"):
-                shapes[f"{prefix}.self_attn.{name}.weight"] = (dim,)
+        if spec.qk_norm or spec.qk_norm_whole:
+            for name, size in (("q_norm", queries), ("k_norm", keys)):
+                shapes[f"{prefix}.self_attn.{name}.weight"] = (size if spec.qk_norm_whole else dim,)
     return shapes
 
 
@@ -149,8 +160,10 @@ def check_tensors(spec: ModelSpec, found: Mapping[str, tuple[tuple[int, ...], st
     def refused(problem: str, remedy: str = WRONG_MODEL) -> ConfigError:
         return ConfigError("model.path", str(source), problem, remedy)
 
-    wanted = tensor_shapes(spec)
-    optional = {TABLE if HEAD in found else HEAD} if spec.tie_embeddings else set()
+    layout = ARCHITECTURES[spec.architecture].layout
+    wanted = layout.file_shapes(tensor_shapes(spec))
+    table, head = layout.name(TABLE), layout.name(HEAD)
+    optional = {table if head in found else head} if spec.tie_embeddings else set()
     for name, shape in wanted.items():
         if name not in found:
             if name in optional:
@@ -162,7 +175,8 @@ def check_tensors(spec: ModelSpec, found: Mapping[str, tuple[tuple[int, ...], st
             raise refused(f"tensor {name} has type {dtype}; read are {', '.join(DTYPES)}", remedy)
         if shown != shape:
             raise refused(f"tensor {name} has shape {shown}, config.json asks for {shape}")
-    extra = sorted(name for name in found if name not in wanted and not LEFT_OVER.fullmatch(name))
+    left_over = re.compile(f"{LEFT_OVER}|{layout.left_over}" if layout.left_over else LEFT_OVER)
+    extra = sorted(name for name in found if name not in wanted and not left_over.fullmatch(name))
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise refused(f"the checkpoint has tensor {extra[0]}{more}, for which its config.json has no use")

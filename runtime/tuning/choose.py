@@ -17,7 +17,7 @@ import torch
 
 from runtime.config import Config
 from runtime.errors import ConfigError
-from runtime.model.directory import load_spec, resolve_model
+from runtime.model.directory import for_model, load_spec, resolve_model
 from runtime.model.spec import ModelSpec
 from runtime.progress import tell
 from runtime.tuning import cost
@@ -97,6 +97,7 @@ def ranked(config: Config, open_engine: OpenEngine, remeasure: bool = False) -> 
 
     Raises ConfigError where none can be run.
     """
+    config = for_model(config)
     spec = load_spec(resolve_model(config.model.path))
     choices, errors = [], []
     for fixed in candidates(config, spec):

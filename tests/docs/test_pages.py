@@ -18,6 +18,7 @@ import outrider
 from cluster.cli import reference
 from cluster.cli.commands import app
 from runtime.config import Config
+from runtime.training.config import TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -136,15 +137,19 @@ def test_settings_that_are_shown_can_be_set(page):
         if name not in ("outrider", "python") or not settings:
             continue
         config = next((words[at + 1] for at, word in enumerate(words[:-1]) if word == "--config"), None)
-        Config.load(ROOT / config if config else None, settings)
+        tree = TrainingConfig if words[0] == "train" else Config
+        tree.load(ROOT / config if config else None, settings)
 
 
 @each_page
 def test_settings_that_are_named_exist(page):
-    sections = {name: field.annotation for name, field in Config.model_fields.items()}
-    for section, key in re.findall(rf"(?<![\w./-])({'|'.join(sections)})\.(\w+)(?![\w./])", " ".join(spans(page))):
-        if f"{section}.{key}" != "model.safetensors":  # a file
-            assert key in sections[section].model_fields, f"{section}.{key}"
+    trees = (Config, TrainingConfig) if "training" in page.stem else (Config,)
+    sections = [(name, reference.section_of(field)) for tree in trees for name, field in tree.model_fields.items()]
+    known = {f"{name}.{key}" for name, section in sections if section for key in section.model_fields}
+    names = {name for name, _ in sections}
+    for section, key in re.findall(rf"(?<![\w./-])({'|'.join(names)})\.(\w+)(?![\w./])", " ".join(spans(page))):
+        if f"{section}.{key}" not in ("model.safetensors", "training.json"):  # files
+            assert f"{section}.{key}" in known, f"{section}.{key}"
 
 
 @each_page
@@ -168,6 +173,7 @@ def test_no_sentence_stands_twice():
 
 def test_the_settings_page_is_what_the_tree_says():
     assert reference.PAGE.read_text(encoding="utf-8") == reference.page(), "run `make docs`"
+    assert reference.TRAINING_PAGE.read_text(encoding="utf-8") == reference.training_page(), "run `make docs`"
 
 
 def test_every_setting_says_what_it_is_for():

@@ -18,6 +18,8 @@ def cuda_obstacle(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> 
         return f"the device is {device.type}"
     if not HAS_TRITON:
         return "Triton is not installed"
+    if spec.beyond_llama:
+        return f"they do not have {spec.beyond_llama}"
     if dtype not in DTYPES:
         return f"they do not compute in {str(dtype).removeprefix('torch.')}"
     if spec.head_dim % 2 or spec.head_dim > 256:

@@ -83,6 +83,8 @@ def obstacle(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> str |
         return f"native kernels run on the CPU, not on {device.type}"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"native kernels compute in float32 and bfloat16, not in {str(dtype).removeprefix('torch.')}"
+    if spec.beyond_llama:
+        return f"native kernels do not have {spec.beyond_llama}"
     if spec.activation not in ("silu", "swish"):
         return f"native kernels have the activation silu, not {spec.activation}"
     if spec.o_bias or spec.mlp_bias:
@@ -226,6 +228,7 @@ class NativeDecoder(CacheMaker, TokenChooser):
         return min(torch.get_num_threads(), 1 + self._words_per_layer * num_rows // WORDS_PER_THREAD)
 
     def _layer(self, weights: LayerWeights) -> _Layer:
+        assert weights.attention_norm is not None and weights.mlp_norm is not None, "see `obstacle`"
         gate, up = (_padded(half, LANES).unflatten(0, (-1, LANES)) for half in weights.gate_up.chunk(2))
         head_norm = None if weights.head_norm is None else self._kept(weights.head_norm.float())
         return _Layer(
@@ -233,8 +236,8 @@ class NativeDecoder(CacheMaker, TokenChooser):
             output=self._matrix(weights.output),
             gate_up=self._matrix(torch.stack([gate, up], dim=1).flatten(0, 2)),
             down=self._matrix(weights.down),
-            attention_norm=self._vector(weights.attention_norm),
-            mlp_norm=self._vector(weights.mlp_norm),
+            attention_norm=self._vector(weights.attention_norm.weight),
+            mlp_norm=self._vector(weights.mlp_norm.weight),
             head_norm=head_norm,
         )
 

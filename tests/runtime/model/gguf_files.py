@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 
 from tests.zoo import make_model
@@ -27,6 +28,11 @@ NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
+}
+GEMMA3_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 VOCABULARY = 262
 SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|pad|>", "<|turn|>", "<|end|>"]
@@ -61,7 +67,9 @@ def write_gguf(
     array. `parts`: how many files to split it into, each named as llama.cpp names them; returns the first.
     """
     config = model.config
-    architecture = architecture or config.model_type
+    architecture = architecture or config.model_type.removesuffix("_text")
+    is_gemma = architecture == "gemma3"
+    names = NAMES | (GEMMA3_NORMS if is_gemma else {})
     values: dict[str, Any] = {
         "general.architecture": architecture,
         f"{architecture}.context_length": config.max_position_embeddings,
@@ -84,16 +92,16 @@ def write_gguf(
         for name, parameter in model.named_parameters():
             stem, _, ending = name.rpartition(".")
             layer = re.match(r"model\.layers\.(\d+)\.(.*)", stem)
-            short = NAMES[layer[2] if layer else stem]
+            short = names[layer[2] if layer else stem]
             turned = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(short, 0)
             turned = turned if architecture == "llama" else 0
-            stored = parameter.numpy()
+            stored = parameter.numpy() + np.float32(is_gemma and parameter.dim() == 1)
             if turned:  # pairs half a head apart come to stand side by side
                 stored = stored.reshape(turned, 2, -1, *stored.shape[1:]).swapaxes(1, 2).reshape(stored.shape)
             raw_type = quantised if parameter.dim() == 2 else gguf.GGMLQuantizationType.F32
             stored = gguf.quants.quantize(stored, raw_type)
             tensors[f"blk.{layer[1]}.{short}.{ending}" if layer else f"{short}.{ending}"] = (stored, raw_type)
-            exact = gguf.quants.dequantize(stored, raw_type)
+            exact = gguf.quants.dequantize(stored, raw_type) - np.float32(is_gemma and parameter.dim() == 1)
             if turned:
                 exact = exact.reshape(turned, -1, 2, *exact.shape[1:]).swapaxes(1, 2).reshape(exact.shape)
             parameter.copy_(torch.from_numpy(exact.copy()))

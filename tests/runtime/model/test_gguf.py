@@ -56,6 +56,22 @@ def test_every_architecture_is_read_exactly(tmp_path: Path, variant: str) -> Non
     assert load_spec(directory).tie_embeddings == (variant == "llama-tied")
 
 
+@pytest.mark.parametrize(("layers", "scalar"), [(7, 16), (62, 64 // 4)])
+def test_a_gemma_3_is_read_exactly(tmp_path: Path, layers: int, scalar: int) -> None:
+    """Norms' weights are stored with 1 added, each sixth layer sees everything and has its own rotation."""
+
+    def edit(values: dict, tensors: dict) -> None:
+        values |= {"gemma3.attention.sliding_window": 24, "gemma3.rope.freq_base": 1e6}
+
+    types = ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(layers)]
+    settings = {"num_hidden_layers": layers, "layer_types": types, "sliding_window": 24}
+    model = gguf_model("gemma3", **settings, query_pre_attn_scalar=scalar)
+    directory = converted(write_gguf(tmp_path / "tiny.gguf", model, edit))
+    assert is_same(directory, model)
+    spec = load_spec(directory)
+    assert spec.tie_embeddings and spec.sliding_windows[5] is None and spec.sliding_windows[6] == 24
+
+
 def test_heads_of_another_size_are_read(tmp_path: Path) -> None:
     def edit(values: dict, tensors: dict) -> None:
         values |= {f"llama.{key}": 32 for key in ("attention.key_length", "attention.value_length")}

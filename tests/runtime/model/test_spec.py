@@ -16,7 +16,7 @@ from runtime.config import CacheConfig
 from runtime.errors import ConfigError
 from runtime.model.directory import load_spec
 from runtime.model.spec import ModelSpec
-from tests.zoo import TRAINED, make_config, make_model
+from tests.zoo import TRAINED, VARIANTS, make_config, make_model
 
 
 def test_fields_of_each_architecture() -> None:
@@ -271,3 +271,52 @@ def test_running_a_spec_needs_no_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["9", "False"]
+
+
+def test_what_families_have_beyond_llama() -> None:
+    assert all(ModelSpec.from_hf_config(make_config(name)).beyond_llama is None for name in ("llama", "qwen3", "phi3"))
+    beyond = {name: ModelSpec.from_hf_config(make_config(name)).beyond_llama for name in ("neox", "olmo2", "gemma3")}
+    assert beyond["neox"] == "layer norms" and beyond["olmo2"] == "norms behind attention and MLP"
+    assert beyond["gemma3"] == "norms behind attention and MLP"
+    part = ModelSpec.from_hf_config(make_config("phi3-window-part"))
+    assert part.rope.num_rotated == 6 and part.rope.inv_freq[3:] == (0.0,) and part.sliding_windows == (6, 6)
+    gemma = ModelSpec.from_hf_config(make_config("gemma3-ropes"))
+    assert gemma.local_rope is not None and gemma.sliding_windows == (5, None)
+    assert gemma.local_rope.inv_freq != gemma.rope.inv_freq and gemma.rope.reach == 4 * TRAINED
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "named"),
+    [
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("gemma3", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+        ("gemma3", {"hidden_activation": "relu"}, "hidden_activation"),
+        ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters"),
+        ("gemma3", {"rope_parameters": {"full_attention": {}, "sliding_attention": 3}}, "sliding_attention"),
+        ("neox", {"num_key_value_heads": 2}, "num_key_value_heads"),
+        ("neox", {"rotary_pct": 1.5}, "rotary_pct"),
+        (
+            "neox",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.25}},
+            "partial",
+        ),
+        ("neox", {"layer_norm_eps": -1}, "layer_norm_eps"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("phi3", {"rope_parameters": {"rope_type": "yarn", "factor": 4, "partial_rotary_factor": 0.5}}, "rope_type"),
+    ],
+    ids=str,
+)
+def test_what_a_family_cannot_have_is_refused_by_name(tmp_path: Path, variant: str, changes: Any, named: str) -> None:
+    make_config(variant).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text()) | {"architectures": [f"{VARIANTS[variant][0]}ForCausalLM"]}
+    if "partial" in named or "rotary_pct" in changes:
+        raw.pop("rope_parameters", None)
+    path.write_text(json.dumps(raw))
+    load_spec(tmp_path)  # as it is, it is fine
+    path.write_text(json.dumps(raw | changes))
+    with pytest.raises(ConfigError, match=named) as error:
+        load_spec(tmp_path)
+    assert error.value.remedy

@@ -1,0 +1,1 @@
+"""The published orders of training under caches, at toy scale."""
