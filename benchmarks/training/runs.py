@@ -39,7 +39,7 @@ class Scale:
     """Tokens of each text that is longer than the trained length."""
 
 
-SMALL = Scale(64, 176, 2, 4, 512, 128, 16, 500, 8, 4e-3, 48, 4, 1024)
+SMALL = Scale(64, 176, 2, 4, 512, 128, 16, 450, 8, 4e-3, 48, 4, 1024)
 FULL = Scale(128, 344, 4, 4, 512, 256, 32, 1200, 8, 2e-3, 96, 6, 2048)
 
 
@@ -90,6 +90,7 @@ def config_of(
                     "num_attention_heads": scale.num_heads,
                     "num_key_value_heads": scale.num_heads,
                     "tie_word_embeddings": True,
+                    "initializer_range": 0.5 * scale.hidden_size**-0.5,  # such small models hardly begin at 0.02
                 },
             },
             "tokenizer": {"path": str(tokenizer)},

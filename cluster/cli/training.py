@@ -16,10 +16,12 @@ from runtime.training.config import TrainingConfig
 def run(config: Path, settings: Sequence[str], resume: bool, as_json: bool) -> None:
     """Train, and print where the model is. Raises ConfigError, NumericsError."""
     loaded = TrainingConfig.load(config, settings)
-    from runtime.training.run import train
+    from runtime.training.run import is_first_process, train
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s %(levelname)s %(message)s")
     trained = train(loaded, resume)
+    if not is_first_process():
+        return
     if as_json:
         streams.print_json({**dataclasses.asdict(trained), "model": str(trained.model)})
         return

@@ -52,8 +52,8 @@ def train(config: TrainingConfig, resume: bool = False) -> Trained:
     logging.disable_progress_bar()
     _need("accelerate")
     folder = directory_of(config)
-    is_first = os.environ.get("RANK", "0") == "0"
-    if is_first:  # of the processes that torchrun has started
+    is_first = is_first_process()
+    if is_first:
         _prepare(config, folder, resume)
     texts = list(read_documents(config.data.files, config.data.text_field))
     if not texts:
@@ -64,11 +64,13 @@ def train(config: TrainingConfig, resume: bool = False) -> Trained:
     policy = rules(cache, config.strided, trainee.spec.num_layers, config.data.length)
     trainee.spec.check_cache(config.cache)
     share = _share(policy, training)
-    tell(
+    announcement = (
         f"{trainee.model.num_parameters() / 1e6:.2f} million parameters, policy {config.policy} "
         f"(attends to {share:.1%}), {training.tokens.size:,} tokens in {len(training):,} samples, "
         f"{len(validation):,} for validation"
     )
+    if is_first:
+        tell(announcement)
     trainer = _trainer(config, trainee, policy, training, validation, folder)
     newest = get_last_checkpoint(str(folder / "checkpoints")) if resume else None
     trainer.train(resume_from_checkpoint=newest)
@@ -93,6 +95,11 @@ def _validated(trainer: Any) -> float:
     history, step = trainer.state.log_history, trainer.state.global_step
     known = [record["eval_loss"] for record in history if "eval_loss" in record and record["step"] == step]
     return float(known[-1] if known else trainer.evaluate()["eval_loss"])
+
+
+def is_first_process() -> bool:
+    """Whether this is the one of the processes that torchrun has started that writes and speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _need(package: str) -> None:
@@ -224,6 +231,7 @@ def _trainer(
         prediction_loss_only=True,
         report_to=[],
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,
     )
     if arguments.n_gpu > 1:
         remedy = "Start one process per GPU: torchrun --nproc-per-node=N -m cluster.cli.commands train ..."

@@ -16,7 +16,7 @@ from runtime.engine.scoring import Scorer
 from runtime.errors import ConfigError, NumericsError
 from runtime.model.directory import for_model
 from runtime.training.config import TrainingConfig
-from runtime.training.corpus import IGNORED, pack
+from runtime.training.corpus import Samples, pack
 from runtime.training.report import read_log
 from runtime.training.run import train
 from tests.models import save_tiny_model
@@ -47,6 +47,26 @@ def run(folder: Path, resume: bool = False, **options):
     return train(TrainingConfig.from_dict(settings_of(folder, **options)), resume)
 
 
+def held_out_of(folder: Path, scorer: Scorer, sink: list[int]) -> Samples:
+    """The validation samples of a run, packed anew."""
+    end = scorer.spec.eos_token_ids[0]
+    texts = [json.loads(line)["text"] for line in (folder / "corpus.jsonl").read_text().splitlines()]
+    documents = [[*scorer.tokenizer.encode(text, add_special_tokens=False), end] for text in texts]
+    samples = pack(documents, LENGTH, end, sink[0] if sink else None)
+    return samples.part(len(samples) - round(len(samples) * 0.2), len(samples))
+
+
+def served_loss(scorer: Scorer, samples: Samples) -> float:
+    """Nats per target, each piece of a document read by Outrider."""
+    log_probs = []
+    for tokens, numbers in zip(samples.tokens, samples.documents, strict=True):
+        for number in np.unique(numbers[numbers >= 0]):
+            log_probs.append(scorer.score(tokens[numbers == number].tolist()).log_probs)
+    found = np.concatenate(log_probs)
+    assert len(found) == samples.num_targets
+    return float(-found.mean())
+
+
 @pytest.mark.parametrize(
     ("policy", "sink_token"),
     [(SEP, False), (SINK, False), (SINK, True), ({}, True)],
@@ -67,26 +87,34 @@ def test_a_trained_model_serves_under_its_policy_with_the_loss_of_training(tmp_p
     tokenizer = scorer.tokenizer
     sink = tokenizer.encode("")
     assert len(sink) == sink_token and tokenizer.encode("It")[: len(sink)] == sink
-    end = scorer.spec.eos_token_ids[0]
-    texts = [json.loads(line)["text"] for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
-    documents = [[*tokenizer.encode(text, add_special_tokens=False), end] for text in texts]
-    samples = pack(documents, LENGTH, end, sink[0] if sink else None)
-    count = round(len(samples) * 0.2)
-    held_out = samples.part(len(samples) - count, len(samples))
-    log_probs = []
-    for tokens, numbers, labels in zip(held_out.tokens, held_out.documents, held_out.labels, strict=True):
-        for number in np.unique(numbers[numbers >= 0]):
-            piece = tokens[numbers == number]
-            log_probs.append(scorer.score(piece.tolist()).log_probs)
-            assert (labels[numbers == number][1:] == piece[1:]).all()
-    found = np.concatenate(log_probs)
-    assert len(found) == np.count_nonzero(held_out.labels != IGNORED)
-    assert -found.mean() == pytest.approx(trained.validation_loss, abs=2e-5)
+    held_out = held_out_of(tmp_path, scorer, sink)
+    assert served_loss(scorer, held_out) == pytest.approx(trained.validation_loss, abs=2e-5)
 
     full = scorer.with_policy(Config.from_dict({"cache": {"policy": "full"}}).cache)
     if policy:  # the case tells something only if the policy matters
         text = held_out.tokens[0].tolist()
         assert abs(full.score(text).log_probs - scorer.score(text).log_probs).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [
+        ("GPTNeoXForCausalLM", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+        ("Phi3ForCausalLM", {"sliding_window": 20}),
+        ("Olmo2ForCausalLM", {}),
+        (
+            "Gemma3ForCausalLM",
+            {"head_dim": 8, "num_key_value_heads": 2, "sliding_window": 12, "query_pre_attn_scalar": 8},
+        ),
+    ],
+)
+def test_every_family_is_trained_and_served_under_one_policy(tmp_path, architecture, sizes) -> None:
+    """Windows of the model's own and rotations of their own included."""
+    model = {"architecture": architecture, "sizes": {**SIZES, **sizes}}
+    trained = run(tmp_path, steps=3, model=model, cache=SEP)
+    scorer = Scorer(Config.from_dict({"model": {"path": str(trained.model)}}))
+    assert scorer.config.cache.policy == "sep" and scorer.spec.architecture == architecture
+    assert served_loss(scorer, held_out_of(tmp_path, scorer, [])) == pytest.approx(trained.validation_loss, abs=2e-5)
 
 
 def test_an_engine_takes_the_models_policy_and_a_setting_takes_its_place(tmp_path) -> None:

@@ -280,11 +280,11 @@ def test_bits_do_not_depend_on_other_sequences(tmp_path: Path) -> None:
 # Where there are none
 
 
-@pytest.mark.parametrize("variant", UNSUPPORTED)
+@pytest.mark.parametrize("variant", [*UNSUPPORTED, *FAMILIES])
 def test_models_that_the_kernels_lack_run_on_torch(tmp_path: Path, variant: str) -> None:
     save_variant(tmp_path, variant)
     assert isinstance(load_decoder(tmp_path, load_spec(tmp_path), Mesh(), torch.float32), Decoder)
-    with pytest.raises(ConfigError, match=r"model\.kernels.*(activation|bias).*auto or torch"):
+    with pytest.raises(ConfigError, match=r"model\.kernels.*(activation|bias|do not have).*auto or torch"):
         load(tmp_path)
 
 
