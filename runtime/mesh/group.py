@@ -95,6 +95,14 @@ class Group:
             backend.shutdown()
 
 
+def add_in_order(parts: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+    """`out` becomes the sum of the ranks' parts, added up in their order, in float32 at least. Returns it."""
+    total = parts[0].to(torch.promote_types(out.dtype, torch.float32), copy=True)
+    for part in parts[1:]:
+        total += part
+    return out.copy_(total)
+
+
 _open_groups: weakref.WeakSet[Group] = weakref.WeakSet()
 
 

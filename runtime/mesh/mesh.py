@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from runtime.mesh import control, shared_memory
 from runtime.mesh.control import Control
-from runtime.mesh.group import LOOPBACK, Group
+from runtime.mesh.group import LOOPBACK, Group, add_in_order
 from runtime.mesh.shared_memory import SharedMemory
 from runtime.step import WireLayout
 
@@ -37,12 +37,18 @@ class Mesh:
     """The TP group's ranks, where all are on the CPUs of one machine."""
     replicas_memory: SharedMemory | None = None
     """The same of the LP group's."""
+    ordered: bool = False
+    """Sums are added up rank by rank, as shared memory does it in any case: no element's bits depend on its place."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the TP group, in place."""
         if self.shared_memory is not None:
             return self.shared_memory.all_reduce(tensor)
-        return tensor if self.tp_group is None else self.tp_group.all_reduce(tensor)
+        if self.tp_group is None:
+            return tensor
+        if self.ordered and self.tp > 2:  # a sum of two has one order
+            return add_in_order(self.tp_group.all_gather(tensor), tensor)
+        return self.tp_group.all_reduce(tensor)
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Every shard's tensor, in shard order. All shards give the same shape and dtype."""

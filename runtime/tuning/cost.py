@@ -49,7 +49,7 @@ GLANCE, GLANCE_S = (1, 16, 64), 0.3
 in all. The rest is measured when the engine has nothing else to do, or by `outrider plan`."""
 ASSUMED_ROW = 0.01
 """What a row is taken to cost, in steps, where that was not measured."""
-FORMAT = 6
+FORMAT = 7
 
 
 @dataclass(frozen=True)
@@ -320,6 +320,7 @@ def _place(config: Config, spec: ModelSpec) -> Path:
         config.model.kernels,
         native.available()[1] if device == "cpu" and config.model.kernels != "torch" else "",
         device,
+        (config.model.cuda_graphs, config.model.deterministic) if device == "cuda" else (),
         (config.parallel.lp, config.parallel.tp, config.parallel.threads),
         config.scheduler.max_rows,
         config.cache.model_dump(),
