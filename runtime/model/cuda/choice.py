@@ -45,7 +45,7 @@ def decoder_for_gpu(config: Config, decoder: Decoder) -> Decoder | GraphedDecode
         raise ConfigError("model.deterministic", True, problem, "Mend that, set it to false, or model.device to cpu.")
     if wanted:
         log.info("torch kernels are used: %s", obstacle)
-    return GraphedDecoder(decoder) if model.cuda_graphs and on_gpu else decoder
+    return GraphedDecoder(decoder) if model.cuda_graphs and on_gpu and decoder.mesh.can_record else decoder
 
 
 def cuda_obstacle(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> str | None:

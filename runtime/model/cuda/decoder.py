@@ -113,7 +113,8 @@ class CudaDecoder(TokenChooser):
         self.norms = [(Norm.of(layer.attention_norm), Norm.of(layer.mlp_norm)) for layer in decoder.layers]
         self.final_norm = Norm.of(decoder.norm)
         self.head_norms = [None if norm is None else Norm.of(norm) for norm in (x.head_norm for x in decoder.layers)]
-        self._recorder = Recorder(self.mesh.device) if graphs and self.mesh.device.type == "cuda" else None
+        records = graphs and self.mesh.device.type == "cuda" and self.mesh.can_record
+        self._recorder = Recorder(self.mesh.device) if records else None
         self._steps: dict[tuple[tuple[PagedKVCache, ...], int], _Step] = {}
 
     @property
