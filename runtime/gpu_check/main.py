@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def run(device: torch.device, is_tiny: bool, model: Path | None, names: Sequence[str]) -> dict[str, Report]:
+def run(
+    device: torch.device, is_tiny: bool, model: Path | None, names: Sequence[str], is_short: bool = False
+) -> dict[str, Report]:
     """Each section's report; that of one which raised says what."""
     began = time.monotonic()
     reports: dict[str, Report] = {}
@@ -62,7 +64,7 @@ def run(device: torch.device, is_tiny: bool, model: Path | None, names: Sequence
             if started > began + TOTAL_S:
                 raise TimeoutError("no time left")
             check: Callable[[Setting], Report] = import_module(module).check
-            report = check(Setting(device, is_tiny, model, deadline))
+            report = check(Setting(device, is_tiny, model, deadline, is_short))
         except Exception as error:  # the other sections are to say what they can
             say(traceback.format_exc())
             report = {"ok": False, "error": f"{type(error).__name__}: {error}"}

@@ -5,12 +5,16 @@ they need one."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from runtime.gpu_check.models import SHAPES, TINY
 from runtime.gpu_check.setting import Report, Setting
+from runtime.model.cuda.choice import same_at_any_place
 
 COUNTS = (1, 2, 8, 16, 32, 64, 128, 256)
+SHORT = (1, 16, 64)
 
 
 def check(setting: Setting) -> Report:
@@ -29,7 +33,7 @@ def check(setting: Setting) -> Report:
     for name, (rows, columns) in shapes.items():
         weight = torch.randn(rows, columns, device=setting.device).mul_(columns**-0.5).to(setting.dtype)
         rest = torch.randn(max(COUNTS), columns, device=setting.device).to(setting.dtype)
-        cells = {count: cell(weight, rest, count) for count in COUNTS}
+        cells = {count: cell(weight, rest, count) for count in (SHORT if setting.is_short else COUNTS)}
         found["shapes"][name] = {
             str(count): {"any_place": place, "as_64": as_64} for count, (place, as_64) in cells.items()
         }
@@ -40,7 +44,9 @@ def check(setting: Setting) -> Report:
         counts = "same at every M" if not unlike else f"unlike M = 64: {', '.join(map(str, unlike))}"
         setting.row(f"{name} [{rows}, {columns}]", places, counts)
         del weight, rest
-    found |= {"any_place": any_place, "any_count": any_count}
+    found |= {"any_place": any_place, "any_count": any_count, "ok": any_place or not setting.on_gpu}
+    found["summary"] = f"place among the rows {'changes no bit' if any_place else 'CHANGES bits'}, "
+    found["summary"] += f"their number {'none, either' if any_count else 'does'}"
     verdict = "holds by one row shape" if any_place else "needs kernels of its own"
     setting.row("deterministic decoding", verdict, "no shape needed" if any_place and any_count else "")
     return found
@@ -48,13 +54,7 @@ def check(setting: Setting) -> Report:
 
 def cell(weight: torch.Tensor, rest: torch.Tensor, count: int) -> tuple[bool, bool]:
     """Whether every row gives the same bits at any place among `count`, and whether they are those among 64."""
-    rows = rest[:count]
-    product = torch.nn.functional.linear(rows, weight)
-    same_place = True
-    for shift in {1, count // 2, count - 1} - {0, count}:
-        rolled = torch.nn.functional.linear(rows.roll(shift, 0), weight)
-        same_place = same_place and torch.equal(rolled.roll(-shift, 0), product)
-    alone = count < 2 or torch.equal(torch.nn.functional.linear(rows[:1].repeat(count, 1), weight)[-1], product[0])
-    others = rest[:64] if count <= 64 else rest[:count]
-    as_64 = torch.equal(torch.nn.functional.linear(others[:64], weight)[: min(count, 64)], product[:64])
-    return same_place and alone, as_64
+    product = partial(torch.nn.functional.linear, weight=weight)
+    found = product(rest[:count])
+    as_64 = torch.equal(product(rest[:64])[: min(count, 64)], found[:64])
+    return same_at_any_place(product, rest[:count]), as_64

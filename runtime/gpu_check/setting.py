@@ -23,6 +23,8 @@ class Setting:
     """A trained model, where one was brought along."""
     deadline: float
     """time.monotonic() at which a section is to leave out what is left."""
+    is_short: bool = False
+    """As `outrider doctor` runs it: what decides, and no more."""
     table: list[tuple[str, str, str]] = field(default_factory=list)
 
     @property

@@ -28,8 +28,13 @@ SHAPED = (16, 64)
 def check(setting: Setting) -> Report:
     """Milliseconds by model, context and rows."""
     rates = ceilings(setting)
-    shapes = {"tiny": TINY} if setting.is_tiny else SHAPES
-    contexts, counts = ((32, 64), ROWS[:4]) if setting.is_tiny else (CONTEXTS, ROWS)
+    shapes = {name: SHAPES[name] for name in ("8B", "1B")}
+    contexts: Sequence[int] = CONTEXTS
+    counts: Sequence[int] = ROWS
+    if setting.is_tiny:
+        shapes, contexts, counts = {"tiny": TINY}, (32, 64), ROWS[:4]
+    elif setting.is_short:
+        shapes, contexts, counts = {"1B": SHAPES["1B"]}, CONTEXTS[:1], (1, *SHAPED)
     found: Report = {"models": {}}
     for name, spec in shapes.items():
         if setting.is_late:
@@ -40,11 +45,20 @@ def check(setting: Setting) -> Report:
         for context in contexts:
             of_model[str(context)] = times(decoder, name, context, counts, rates["bytes_per_s"], setting)
         found["models"][name] = of_model
+        found["summary"] = summary(name, of_model)
         del decoder
         gc.collect()
         if setting.on_gpu:
             torch.cuda.empty_cache()
     return found
+
+
+def summary(name: str, of_model: Report) -> str:
+    """Of a model at its shortest context."""
+    times = next(iter(of_model.values()))
+    plain = times["ms"]["1"]
+    prices = "".join(f", {price:.2f} x in the shape of {shape} rows" for shape, price in times["price"].items())
+    return f"{name}: a plain step {plain:.2f} ms, {plain / times['floor_ms']:.2f} x the memory floor{prices}"
 
 
 def times(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -37,6 +38,7 @@ def decoder_for_gpu(config: Config, decoder: Decoder) -> Decoder | GraphedDecode
         if model.deterministic:
             min_rows = fixed_rows(config)
             fix_products()
+            check_products(decoder, min_rows)
         return CudaDecoder(decoder, kernels=True, min_rows=min_rows, graphs=model.cuda_graphs)
     if model.kernels == "triton":
         raise ConfigError("model.kernels", "triton", str(obstacle), "Set model.kernels to auto or torch.")
@@ -76,6 +78,34 @@ def fixed_rows(config: Config) -> int:
         problem = f"with model.deterministic a GPU runs every step in the shape of so many rows, at most {DEPTH}"
         raise ConfigError("scheduler.max_rows", max_rows, problem, f"Set it to {DEPTH}; 16 make plain steps cheapest.")
     return max_rows
+
+
+def check_products(decoder: Decoder, num_rows: int) -> None:
+    """Raises ConfigError where this device's products of so many rows by the model's matrices give a row other bits at
+    another place."""
+    layer = decoder.layers[0]
+    known: set[torch.Size] = set()
+    for product in (layer.qkv, layer.output.linear, layer.mlp.gate_up, layer.mlp.down.linear, decoder.head):
+        shape = product.weight.shape
+        if shape in known:
+            continue
+        known.add(shape)
+        rows = torch.randn(num_rows, shape[1], device=decoder.mesh.device).to(decoder.dtype)
+        if not same_at_any_place(product, rows):
+            problem = (
+                f"here a product of {num_rows} rows with a matrix {list(shape)} depends on a row's place among them"
+            )
+            raise ConfigError(
+                "model.deterministic", True, problem, "Try another scheduler.max_rows, or set it to false."
+            )
+
+
+def same_at_any_place(product: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> bool:
+    """Whether each of the rows [M, in] gives the same bits wherever it stands among the others."""
+    expected, count = product(rows), len(rows)
+    shifts = {1, count // 3, count // 2, count - 1} - {0, count}
+    moved = all(torch.equal(product(rows.roll(shift, 0)).roll(-shift, 0), expected) for shift in shifts)
+    return moved and torch.equal(product(rows[:1].repeat(count, 1)), expected[:1].expand(count, -1))
 
 
 def fix_products() -> None:

@@ -22,7 +22,7 @@ from runtime.mesh.mesh import Mesh
 from runtime.model.cuda import attention, choice, draw
 from runtime.model.cuda import decoder as decoder_module
 from runtime.model.cuda.arrays import ChoiceArrays
-from runtime.model.cuda.choice import cuda_obstacle, decoder_for_gpu
+from runtime.model.cuda.choice import cuda_obstacle, decoder_for_gpu, same_at_any_place
 from runtime.model.cuda.decoder import EAGER, CudaDecoder, Operations, shared_pages
 from runtime.model.cuda.paged_cache import OutOfPagesError
 from runtime.model.cuda.step_buffer import SAMPLING
@@ -472,6 +472,10 @@ def test_deterministic_steps_have_one_shape(tiny_model, monkeypatch) -> None:
     assert isinstance(found, CudaDecoder) and found.min_rows == 64
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "same_at_any_place", lambda product, rows: len(rows) != 64)
+        with pytest.raises(ConfigError, match="model.deterministic = True: here a product of 64 rows"):
+            decoder_for_gpu(Config.from_dict(settings), plain)
     with pytest.raises(ConfigError, match="scheduler.max_rows = 512: .*at most 64"):
         decoder_for_gpu(Config.from_dict(settings | {"scheduler": {}}), plain)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
@@ -480,6 +484,13 @@ def test_deterministic_steps_have_one_shape(tiny_model, monkeypatch) -> None:
     monkeypatch.setattr(choice, "is_interpreted", lambda: False)
     with pytest.raises(ConfigError, match="model.deterministic"):
         decoder_for_gpu(Config.from_dict({"model": {"deterministic": True}}), plain)
+
+
+def test_products_that_depend_on_a_rows_place_are_noticed() -> None:
+    rows = torch.randn(16, 8)
+    assert same_at_any_place(lambda x: x * 2, rows)
+    assert not same_at_any_place(lambda x: x + torch.arange(len(x))[:, None] // 9, rows)
+    assert not same_at_any_place(lambda x: x + x[-1:] * 1e-3, rows)
 
 
 def test_memory_for_less_than_one_sequence_is_refused() -> None:
