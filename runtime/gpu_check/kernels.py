@@ -176,7 +176,13 @@ def engine_around(decoder: CudaDecoder, setting: Setting, prompt: Sequence[int])
         }
     )
     executor = LocalExecutor(config, decoder.spec, lambda *_: decoder)
-    return Engine(config, decoder.spec, None, executor)  # type: ignore[arg-type]  # no text, so no tokenizer
+    return Engine(config, decoder.spec, NoText(), executor)  # type: ignore[arg-type]
+
+
+class NoText:
+    """In a tokenizer's place, where all is token ids."""
+
+    turn_end_id = None
 
 
 def run(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from runtime.model.attention import RowBatch, Segment
 from runtime.model.cuda.arrays import ANCHOR_BIT, CHUNK, DEPTH, CacheArrays, ChoiceArrays, RowArrays
 from runtime.model.cuda.paged_cache import PagedKVCache, Pages
-from runtime.model.sampler import Sampled
+from runtime.model.sampler import GREEDY_BELOW, Sampled
 from runtime.step import Row, Seq
 
 HEADER = 16
@@ -102,6 +102,8 @@ class StepBuffer:
             arrays[0, : len(wanted)] = wanted
         if sampled is not None:
             arrays[1:6, sampled.index] = sampled.sequences[:, SAMPLING].T
+            cold = arrays[1].view(np.float32) < GREEDY_BELOW
+            arrays[1, cold] = 0
             arrays[6, sampled.index] = sampled.rows[:, Row.POSITION] + 1
 
     def _load_segment(self, segment: Segment, caches: Sequence[PagedKVCache], lists: _Lists, num_tiles: int) -> int:

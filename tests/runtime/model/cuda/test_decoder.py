@@ -406,7 +406,8 @@ def test_a_step_of_any_sequences_is_one_upload_one_launch_and_one_download(tiny_
         sampled = None
         if draws:
             index = np.sort(rng.choice(len(rows), count, replace=False))
-            lines = np.full((count, len(Seq)), np.float32(0.5).view(np.int32), np.int32)
+            lines = np.zeros((count, len(Seq)), np.int32)
+            lines[:, (Seq.TEMPERATURE, Seq.TOP_P)] = np.float32(0.5).view(np.int32)
             sampled = Sampled(index, np.zeros((count, len(Row)), np.int32), lines)
         batch = runner.batch(some_tokens(len(rows)), parents, rows)
         wanted = np.arange(0, len(rows), dtype=np.int64)
