@@ -17,10 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from runtime.build import SOURCE, carried_name
-from runtime.compiler import BuildError, find_compiler
+from runtime.compiler import EXTENSION_FLAGS, BuildError, binding, find_compiler
 from runtime.progress import tell
 
-LACKING = ("pydantic", "pydantic_core", "annotated-types", "typing-inspection", "typing_extensions", "pybind11")
+LACKING = ("pydantic", "pydantic_core", "annotated-types", "typing-inspection", "typing_extensions", "nanobind")
 """In the versions that are installed here."""
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any")
 TARGET = "3.12"
@@ -32,6 +32,8 @@ ASK = (
 def collect(folder: Path, python: str | None) -> None:
     """Fill the folder. `python`: an interpreter of the target's version whose headers are here."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("*.whl"), *folder.glob("core-*.so")):
+        old.unlink()  # of two versions pip would take neither
     platforms = [option for name in PLATFORMS for option in ("--platform", name)]
     wanted = [f"{name}=={version(name)}" for name in LACKING]
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--python-version", TARGET, "--implementation", "cp"]
@@ -60,17 +62,15 @@ def interpreter() -> str | None:
 
 def compile_for(python: str, folder: Path) -> Path:
     """The step's C++ for this interpreter, with all but the C library in it. Raises BuildError."""
-    import pybind11
-
     answer = subprocess.run([python, "-c", ASK], check=True, capture_output=True, text=True).stdout
     headers, suffix = json.loads(answer)
     target = folder / carried_name(suffix)
     compiler = find_compiler(os.environ.get("CXX"))
-    flags = ["-std=c++20", "-O2", "-fvisibility=hidden", "-fPIC", "-shared", "-static-libstdc++", "-static-libgcc"]
-    places = [f"-I{headers}", f"-I{pybind11.get_include()}"]
-    made = subprocess.run(
-        [*compiler.command, *flags, *places, str(SOURCE), "-o", str(target)], capture_output=True, text=True
-    )
+    include, library = binding()
+    flags = [*EXTENSION_FLAGS, "-fPIC", "-shared", "-static-libstdc++", "-static-libgcc"]
+    places = [f"-I{place}" for place in (headers, *include)]
+    command = [*compiler.command, *flags, *places, str(SOURCE), str(library), "-o", str(target)]
+    made = subprocess.run(command, capture_output=True, text=True)
     if made.returncode:
         raise BuildError(f"{compiler.command[0]} failed: {made.stderr.strip().splitlines()[0]}")
     return target

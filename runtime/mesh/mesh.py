@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from runtime.mesh import control, shared_memory, symmetric
+from runtime.mesh import LOOPBACK, control, shared_memory, symmetric
 from runtime.mesh.control import Control
-from runtime.mesh.group import LOOPBACK, Group, HostedGroup, add_in_order
+from runtime.mesh.group import Group, HostedGroup, add_in_order
 from runtime.mesh.shared_memory import SharedMemory
 from runtime.mesh.symmetric import SmallSums
 from runtime.step import WireLayout

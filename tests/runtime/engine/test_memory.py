@@ -12,7 +12,8 @@ from runtime.errors import ResourceExhaustedError
 from runtime.mesh.mesh import Mesh
 from runtime.model.cuda.decoder import CudaDecoder
 from runtime.model.decoder import Decoder
-from runtime.model.loader import checked_model, load_decoder
+from runtime.model.directory import checked_model
+from runtime.model.loader import load_decoder
 from runtime.tokenizer import Tokenizer
 from runtime.workers.executor import LocalExecutor
 from tests.zoo import some_tokens

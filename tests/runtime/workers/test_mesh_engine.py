@@ -14,7 +14,7 @@ from runtime import Config, Engine, LookaheadConfig, SamplingParams, WorkerError
 from runtime.core import Sliding
 from runtime.equality import Equality, hugging_face_gap
 from runtime.model.cuda.paged_cache import pages_of_slot
-from runtime.model.loader import checked_model
+from runtime.model.directory import checked_model
 from runtime.step import Row
 from runtime.tokenizer import Tokenizer
 from runtime.workers.executor import MeshExecutor
@@ -108,7 +108,7 @@ def test_a_dead_worker_is_an_error_in_bounded_time(tiny_model):
 
 
 def test_a_worker_that_cannot_start_says_why(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("runtime.model.loader.check_weights", lambda directory, spec: None)  # whole here, not there
+    monkeypatch.setattr("runtime.model.directory.check_weights", lambda directory, spec: None)  # whole here, not there
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in tiny_model.iterdir():
@@ -173,7 +173,8 @@ def test_each_source_set_and_budget_is_shared_by_eight_replicas(tiny_model, alon
 def paged_decoder(config: Config, spec, mesh):
     """A worker.DecoderMaker: what GPUs compute with, its kernels' places taken by torch."""
     from runtime.model.cuda.decoder import CudaDecoder
-    from runtime.model.loader import load_decoder, resolve_model
+    from runtime.model.directory import resolve_model
+    from runtime.model.loader import load_decoder
 
     return CudaDecoder(load_decoder(resolve_model(config.model.path), spec, mesh, torch.float32, "torch"))
 

@@ -27,7 +27,8 @@ from runtime.model.cuda.decoder import EAGER, CudaDecoder, Operations, shared_pa
 from runtime.model.cuda.paged_cache import OutOfPagesError
 from runtime.model.cuda.step_buffer import SAMPLING
 from runtime.model.decoder import Decoder
-from runtime.model.loader import checked_model, load_decoder, load_spec
+from runtime.model.directory import checked_model, load_spec
+from runtime.model.loader import load_decoder
 from runtime.model.sampler import Logits, Sampled, choose_tokens
 from runtime.model.shard import split
 from runtime.retention import layer_groups
@@ -200,6 +201,7 @@ def talkative(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("policy", ["full", "sink", "sep", "streaming"])
+@pytest.mark.slow
 def test_an_engine_on_paged_caches_gives_the_same_tokens(talkative, policy) -> None:
     """Greedy alone, with lookahead and without, and sampled in company."""
     cache = POLICIES[policy]
