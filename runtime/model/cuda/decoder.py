@@ -144,6 +144,7 @@ class CudaDecoder(TokenChooser):
         if num_pages is None and self.mesh.device.type == "cuda":
             token = 2 * self.num_kv_heads * self.spec.head_dim * self.dtype.itemsize
             size = sum(PAGE * token * len(group.layers) * count for group, count in zip(groups, wanted, strict=True))
+            torch.cuda.empty_cache()  # what loading needed
             free = torch.cuda.mem_get_info(self.mesh.device)[0]
             wanted = shared_pages(wanted, least, MEMORY_SHARE * free / size, groups[0].new().max_stored)
         kinds = self.num_kv_heads, self.spec.head_dim, max_staged, self.rotary, self.dtype, self.mesh.device

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.mesh import symmetric
-from runtime.mesh.group import LOOPBACK, Group, HostedGroup
+from runtime.mesh import LOOPBACK, symmetric
+from runtime.mesh.group import Group, HostedGroup
 from runtime.mesh.mesh import Mesh, device_key, share_a_device
 from runtime.mesh.symmetric import MOST_BYTES, SmallSums, largest_faster, sizes
 
