@@ -43,8 +43,8 @@ LEAST_ROUNDS, ROUNDS = 3, 20
 """Each number of rows is timed as often as its share of the time allows, but at least and at most so many times, in
 rounds over all of them: hiccups hit single rounds. The planner decides by a few percent between small steps."""
 GPU_WARM_UPS = 3
-"""Steps of a number of rows that come before the first timed one on a GPU: a plain one, one that is recorded as a graph,
-and one that replays it."""
+"""Steps of a number of rows that come before the first timed one on a GPU: a plain one, one that is recorded as a
+graph, and one that replays it."""
 STEADY, ATTEMPTS = 0.25, 3
 """A measurement is good where steps usually took at most this much longer than the fastest like them."""
 GLANCE, GLANCE_S = (1, 16, 64), 0.3
