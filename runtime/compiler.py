@@ -107,16 +107,27 @@ def compile_extension(what: str, source: Path) -> Path:
     headers = sysconfig.get_path("include")
     if not (Path(headers) / "Python.h").is_file():
         raise BuildError(f"compiling {what} takes Python's headers, not found in {headers}; install python3-dev")
-    theirs = Path(nanobind.source_dir())
+    include, library = binding()
     return shared_library(
         what,
         source,
-        ["-std=c++20", "-O2", "-DNDEBUG", "-fvisibility=hidden", "-fno-strict-aliasing"],
+        EXTENSION_FLAGS,
         ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [],
         depends_on=(str(sysconfig.get_config_var("EXT_SUFFIX")), nanobind.__version__),
-        include=(headers, nanobind.include_dir(), str(theirs.parent / "ext" / "robin_map" / "include")),
-        library=[theirs / "nb_combined.cpp"],
+        include=(headers, *include),
+        library=[library],
     )
+
+
+EXTENSION_FLAGS = ("-std=c++20", "-O2", "-DNDEBUG", "-fvisibility=hidden", "-fno-strict-aliasing")
+
+
+def binding() -> tuple[list[str], Path]:
+    """Where nanobind's headers are, and its own source, which is compiled along."""
+    import nanobind
+
+    theirs = Path(nanobind.source_dir())
+    return [nanobind.include_dir(), str(theirs.parent / "ext" / "robin_map" / "include")], theirs / "nb_combined.cpp"
 
 
 def load_extension(what: str, name: str, path: Path) -> ModuleType:

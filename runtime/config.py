@@ -90,14 +90,15 @@ class ModelConfig(Section):
     off the tokens are the same to the last bit in every type where `deterministic` can be had."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes cuda where torch finds one."""
-    kernels: Literal["auto", "native", "torch"] = "auto"
-    """Of a worker on a CPU. native: compiled once on the machine; a row's result does not depend on what other rows a
-    step has. auto takes them where they can be had."""
+    kernels: Literal["auto", "native", "triton", "torch"] = "auto"
+    """auto takes our own where they can be had: native ones on a CPU, compiled once on the machine, triton's on a GPU,
+    for which no row's attention depends on what other rows a step has. torch: torch's operations, everywhere."""
     cuda_graphs: bool = True
-    """Of a worker on a GPU: steps of one sequence are captured as CUDA graphs, in a few sizes."""
+    """Of a worker on a GPU: steps are captured as CUDA graphs, in a few sizes."""
     deterministic: bool = False
-    """Refuse to run where lookahead on and off would not give the same bits by construction: on anything but native
-    kernels, and with tp above 2, whose sums have no fixed order."""
+    """Lookahead on and off give the same bits by construction: by native kernels on CPUs; on GPUs by triton's, every
+    step filled up to scheduler.max_rows rows, at most 64, which costs time. Ranks' sums are added up in rank order.
+    Refused where that cannot be had."""
 
     @field_validator("path", mode="before")
     @classmethod
@@ -107,7 +108,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.deterministic and self.kernels == "torch":
-            raise ValueError("deterministic: needs the native kernels; leave kernels out, or set this to false")
+            raise ValueError("deterministic: needs our own kernels; leave kernels out, or set this to false")
         return self
 
 
@@ -465,11 +466,6 @@ class Config(Tree):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.model.deterministic and self.parallel.tp > 2:
-            raise ValueError(
-                "model.deterministic: the order in which more than two ranks' sums are added up depends on the number "
-                "of rows; set parallel.tp to 1 or 2, or this to false"
-            )
         if self.scheduler.max_rows < 2 * self.scheduler.max_sequences:
             raise ValueError(
                 f"scheduler.max_rows: {self.scheduler.max_rows} rows are too few for "

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ROOMS = {
     # From the top of the house to its foundation. What stands in `runtime/` itself are the contracts.
-    "runtime": ("training", "engine", "tuning", "lookahead", "workers", "model", "mesh", ""),
+    "runtime": ("gpu_check", "training", "engine", "tuning", "lookahead", "workers", "model", "mesh", ""),
     # `wire` knows what an engine is, but no door and no client.
     "cluster": ("cli", "serving", "client", "actors", "wire", "pb", ""),
     "benchmarks": (

@@ -149,6 +149,17 @@ class Runner:
         rope_length: int = 0,
     ) -> torch.Tensor:
         """Logits [T, V_local] of rows behind what is committed; without `parents` one row after the other."""
+        batch = self.batch(tokens, parents, slots, rope_length)
+        return self.decoder.logits(self.decoder.forward(batch, self.caches))
+
+    def batch(
+        self,
+        tokens: list[int],
+        parents: list[int] | None = None,
+        slots: list[int] | None = None,
+        rope_length: int = 0,
+    ) -> RowBatch:
+        """Those rows, as `forward` wants them."""
         count = len(tokens)
         parents = list(range(-1, count - 1)) if parents is None else parents
         slots = [0] * count if slots is None else slots
@@ -156,8 +167,7 @@ class Runner:
         for parent, slot in zip(parents, slots, strict=True):
             positions.append(self.caches[0].retained[slot].length if parent < 0 else positions[parent] + 1)
         arrays = (np.array(column) for column in (tokens, positions, parents, slots, [rope_length] * count))
-        batch = RowBatch.build(*arrays, device=self.caches[0].device)
-        return self.decoder.logits(self.decoder.forward(batch, self.caches))
+        return RowBatch.build(*arrays, device=self.decoder.batch_device)
 
     def extend(self, tokens: list[int], slot: int = 0, rope_length: int = 0) -> torch.Tensor:
         """Like `rows` for a plain continuation of one sequence, which is committed."""

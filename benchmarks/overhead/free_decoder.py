@@ -18,7 +18,7 @@ from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch
 from runtime.model.kv_cache import CacheMaker, KVCache
 from runtime.model.rotary import Rotary
-from runtime.model.sampler import Sampled
+from runtime.model.sampler import Sampled, TokenChooser
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.retention import LayerGroup
@@ -33,7 +33,7 @@ PERIOD = 1 << 14
 """Positions after which the draws repeat."""
 
 
-class FreeDecoder(CacheMaker):
+class FreeDecoder(CacheMaker, TokenChooser):
     """The surface of runtime.model.decoder.Decoder; `seconds` is what its own calls have taken."""
 
     def __init__(self, spec: ModelSpec, mesh: Mesh) -> None:

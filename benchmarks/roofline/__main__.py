@@ -1,6 +1,8 @@
 """`python -m benchmarks.roofline`."""
 
+import typer
+
 from benchmarks.roofline.published import main
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -1,16 +1,22 @@
 """The roofline beside published figures: which it matches, within what, and why it does not where it does not.
 
-python -m benchmarks.roofline
+python -m benchmarks.roofline --overhead FILE     # the host's part as `python -m benchmarks.overhead` measured it
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from benchmarks.roofline.host import HostPath
 from benchmarks.roofline.roofline import DEVICES, EAGER, GRAPH, MODELS, TRANSPORT, Software, step_seconds
 
 GPT_FAST = "gpt-fast README, 8 x A100 80 GB limited to 330 W, batch 1, 5-token prompts, torch.compile"
+SGLANG = "SGLang's documentation of EAGLE-3: 158 tokens/s plain, 373 with it, MT-bench, Llama-3.1-8B on one H100"
 LOOKAHEAD = "Fu et al. 2024, arXiv 2402.02057"
 LOOKAHEAD_README = "README of hao-ai-lab/LookaheadDecoding"
 HF_CONTEXT, GPT_FAST_CONTEXT = 512, 100
@@ -52,6 +58,11 @@ def tokens_per_s(model: str, tp: int, software: Software, context: float) -> flo
     return 1 / (step.total - step.broadcast - step.gather)
 
 
+def plain_ms(device: str, model: str, context: float) -> float:
+    """Milliseconds per token of plain decoding, without our host: the engines compared have their own."""
+    return 1000 * step_seconds(DEVICES[device], MODELS[model], 1, context).total
+
+
 def kept_speed(software: Software, lp: int = 1, rows: float = PAPER_ROWS) -> float:
     """Of S, the share that becomes speed: a plain step's time over a lookahead step's, Llama-2-7B on A100s."""
     a100, model = DEVICES["a100"], MODELS["llama-2-7b"]
@@ -81,6 +92,16 @@ def checks() -> list[Check]:
         )
         for (model, tp), figure in published.items()
     ]
+    found.append(
+        Check(
+            "llama-3.1-8b plain, SGLang, one H100",
+            "tokens/s",
+            (158.3, 158.3),
+            1000 / plain_ms("h100", "llama-3-8b", HF_CONTEXT),
+            SGLANG,
+            "6.3 ms per token; vLLM in the same comparison: 7.5",
+        )
+    )
     device, model = DEVICES["a100"], MODELS["llama-2-7b"]
     weights = model.num_layers * model.layer_weights + model.head_weights
     found += [
@@ -136,8 +157,39 @@ def implied() -> list[Implied]:
     ]
 
 
-def main() -> None:
+MEASURED_S = ((16.0, 2.47, "the planner"), (128.0, 3.76, "suffix, recycle"))
+"""(rows, tokens per step, sources): ours, of a model of 135 million parameters on Spec-Bench (docs/benchmarks.md)."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Ours, projected, beside what an engine publishes for the same work: Llama-3.1-8B, one H100, one request."""
+
+    sources: str
+    rows: float
+    tokens_per_step: float
+    """Measured, with another model: an assumption."""
+    ms: float
+    """Per token."""
+    host_ms: float | None
+    """Of the step, as measured; None: not counted."""
+
+
+def beside(host: HostPath | None) -> list[Beside]:
+    """Plain first."""
+    found = []
+    for rows, tokens, sources in ((1.0, 1.0, "plain"), *MEASURED_S):
+        step = step_seconds(DEVICES["h100"], MODELS["llama-3-8b"], rows, HF_CONTEXT, host=host)
+        host_ms = 1000 * step.host if host is not None else None
+        found.append(Beside(sources, rows, tokens, 1000 * step.total / tokens, host_ms))
+    return found
+
+
+def main(
+    overhead: Annotated[Path | None, typer.Option(help="What `python -m benchmarks.overhead` printed.")] = None,
+) -> None:
     """Print constants and checks, then one JSON line."""
+    host = HostPath.load(overhead) if overhead is not None else None
     print("constants (units and sources: benchmarks/roofline.py)")
     for constants in (*DEVICES.values(), GRAPH, EAGER, TRANSPORT):
         print("  " + ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
@@ -163,9 +215,24 @@ def main() -> None:
         "  In eager transformers the host's launches hide the extra rows, so speedup is nearly S; a captured graph\n"
         "  has no such slack, and pays for them. LP's control plane costs a larger share of the faster step."
     )
+    print(
+        "\nLlama-3.1-8B on one H100, ms per token: SGLang 6.3 plain, 2.7 with a trained EAGLE-3 head; projected for us"
+    )
+    ours = beside(host)
+    for case in ours:
+        shown = "not counted" if case.host_ms is None else f"{case.host_ms:.2f} ms of the step"
+        print(
+            f"  {case.sources:16} {case.rows:4.0f} rows, S {case.tokens_per_step:.2f}: {case.ms:5.2f}   host: {shown}"
+        )
+    if host is None:
+        print("  Without --overhead the host's part is not counted, which flatters us.")
+    else:
+        print(f"  The host's part is from {host.source}: of that machine, not of one with an H100.")
+    print("  S was measured with a model of 135 million parameters; that an 8B model's is the same is an assumption.")
     print(json.dumps({
         "benchmark": "roofline",
         "kind": "projected",
         "checks": [asdict(check) | {"error": check.error} for check in found],
+        "beside": [asdict(case) for case in ours],
         "implied": [asdict(case) | {"tokens_per_step": case.tokens_per_step} for case in speedups],
     }))  # fmt: skip

@@ -1,12 +1,13 @@
-"""A decoding step's latency on a GPU, projected from stated constants; pure Python, nothing is run.
+"""A decoding step's latency on a GPU, projected from stated constants; nothing is run.
 
 Every constant stands in a frozen dataclass with its unit and where it comes from: a data sheet, a published
 measurement, one of ours, or an assumption, which is then called one. `python -m benchmarks.roofline` prints what they
 give beside published figures (benchmarks/published.py), mismatches included.
 
 Model of a step: the matrices of a layer take the longer of reading their weights and multiplying; attention likewise,
-for the cache; kernels add a fixed time each; tensor parallelism adds two all-reduces per layer; a mesh adds
-the plan's broadcast, the results' gather, and the copies of accepted keys and values.
+for the bytes that its kernels move; kernels add a fixed time each; tensor parallelism adds two all-reduces per layer;
+the host adds what `benchmarks.overhead` measured (host.py), where that is given; a mesh that was not measured there
+adds the plan's broadcast and the results' gather as assumed here; replicas copy accepted keys and values.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from benchmarks.costs import Shape
+from benchmarks.costs import Shape, Shard
+from benchmarks.roofline.host import HostPath
+from runtime.model.cuda.arrays import CHUNK, DEPTH
+from runtime.model.cuda.attention import Tiling
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Device:
     link_fraction: float = 0.8
     """Of `link_bandwidth`, what a collective reaches. Source: NVIDIA/nccl issue 1455 reports a bus bandwidth of 365 to
     370 GB/s of 450 on eight H100 with the ring algorithm."""
+    cache_fraction: float = 2.0
+    """Times `memory_bandwidth`, what reads out of the second-level cache reach. Assumption."""
     usable_memory: float = 0.9
     """Share of `memory_bytes` for weights and caches. Assumption; the rest is activations, NCCL and fragments."""
 
@@ -134,7 +140,7 @@ class StepTime:
     linear: float = 0.0
     """Matrices of all layers: the longer of reading weights and multiplying."""
     attention: float = 0.0
-    """The longer of reading keys and values and multiplying with them."""
+    """The longer of moving the kernels' bytes and multiplying with keys and values."""
     head: float = 0.0
     """LM head, matrix as above."""
     kernels: float = 0.0
@@ -148,7 +154,7 @@ class StepTime:
     commit: float = 0.0
     """Accepted keys and values, copied between replicas."""
     host: float = 0.0
-    """Planning and verifying, as measured elsewhere and given."""
+    """Planning, transport where it was measured, the caches' accounts, verifying: as measured elsewhere and given."""
 
     def parts(self) -> dict[str, float]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -171,7 +177,8 @@ def step_seconds(
     commit_rows: float = 0.0,
     plan_bytes: float = 4096.0,
     result_bytes: float = 1024.0,
-    host_s: float = 0.0,
+    host: HostPath | None = None,
+    rows: float | None = None,
     software: Software = GRAPH,
     transport: Transport = TRANSPORT,
 ) -> StepTime:
@@ -183,6 +190,8 @@ def step_seconds(
         head_rows: rows that reach the LM head; None: all.
         commit_rows: accepted rows per step whose keys and values the other replicas copy.
         plan_bytes, result_bytes: the plan's buffer, one replica's result.
+        host: the host's part as measured; None: not counted.
+        rows: of the whole mesh, which the host's part goes by; None: lp times the largest replica's.
     """
     shard = model.shard(tp)
     flops, bandwidth, layers = device.flops(item_bytes), device.bandwidth, model.num_layers
@@ -190,11 +199,12 @@ def step_seconds(
     def matrix(weights: float, rows: float) -> float:
         return max(weights * item_bytes / bandwidth, 2 * weights * rows / flops)
 
-    reads = shard.kv_read_bytes(context, item_bytes) / bandwidth
+    from_memory, from_cache = attention_bytes(shard, rows_per_replica, context, item_bytes)
+    moves = from_memory / bandwidth + from_cache / (device.memory_bandwidth * device.cache_fraction)
     multiplies = shard.attention_flops(rows_per_replica, context) / flops
     num_kernels = layers * software.kernels_per_layer
     linear = layers * matrix(shard.layer_weights, rows_per_replica)
-    attention = max(reads, multiplies)
+    attention = max(moves, multiplies)
     head = matrix(shard.head_weights, rows_per_replica if head_rows is None else head_rows)
     fixed = num_kernels * software.kernel_s
     lag = max(num_kernels * software.launch_s - (linear + attention + head + fixed), 0.0)
@@ -202,17 +212,40 @@ def step_seconds(
     sums = (2 * layers + 1) * transport.all_reduce(payload, tp, device)  # two per layer, and the embedding
     chosen = transport.all_reduce(16 * rows_per_replica, tp, device)  # the vocabulary's parts meet: (value, id) per row
     copied = commit_rows * shard.kv_read_bytes(1, item_bytes)
+    host_s, is_measured = 0.0, False
+    if host is not None:
+        is_measured = host.has(lp, tp)  # with its transport
+        mesh = (lp, tp) if is_measured else (1, 1)
+        host_s = host.seconds(lp * rows_per_replica if rows is None else rows, *mesh)
     return StepTime(
         linear=linear,
         attention=attention,
         head=head,
         kernels=fixed + lag,
         all_reduce=sums + chosen,
-        broadcast=transport.broadcast(plan_bytes, lp * tp),
-        gather=transport.gather(result_bytes, lp, lp * tp),
+        broadcast=0.0 if is_measured else transport.broadcast(plan_bytes, lp * tp),
+        gather=0.0 if is_measured else transport.gather(result_bytes, lp, lp * tp),
         commit=0.0 if lp == 1 else transport.reduce_s + copied / (device.link_bandwidth * device.link_fraction),
         host=host_s,
     )
+
+
+def attention_bytes(shard: Shard, rows: float, context: float, item_bytes: int) -> tuple[float, float]:
+    """What the attention kernels of all layers move, out of memory and out of the second-level cache.
+
+    The dense part is read once per tile of rows, the tail (runtime/model/cuda/arrays.py) once per row: the first time
+    out of memory, then out of the cache, which is taken to hold a layer's keys and values. Partial sums are written
+    and read there, too.
+    """
+    group = math.ceil(shard.num_heads / shard.num_kv_heads)
+    num_rows = max(math.ceil(rows), 1)
+    tiling = Tiling.of(num_rows, shard.num_kv_heads, group, shard.shape.head_dim)
+    num_tiles = math.ceil(num_rows / tiling.rows_per_tile(group))
+    tail = min(context, DEPTH + CHUNK / 2)
+    again = (num_tiles - 1) * (context - tail) + (num_rows - 1) * tail
+    partial = 8 * num_rows * shard.num_heads * tiling.num_parts * (shard.shape.head_dim + 2)
+    once = shard.kv_read_bytes(context, item_bytes)
+    return once, shard.kv_read_bytes(again, item_bytes) + shard.shape.num_layers * partial * (context > 0)
 
 
 def fits(device: Device, model: Shape, tp: int, context: float, item_bytes: int = 2) -> bool:

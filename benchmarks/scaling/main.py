@@ -28,6 +28,7 @@ import typer
 from benchmarks.common import DEFAULT_PROMPTS, NEAR_TIE, load_prompts, print_json, stderr
 from benchmarks.costs import Shape
 from benchmarks.lossless import gap_under
+from benchmarks.roofline.host import HostPath
 from benchmarks.roofline.roofline import DEVICES, MODELS
 from benchmarks.scaling.cells import MIN_BUDGET, OFF, SOURCE_SETS, Cell, Store, grid, key_of, parse_numbers
 from benchmarks.scaling.cells import parse_sources as parse_source_sets
@@ -41,6 +42,7 @@ from runtime.config import Config
 from runtime.engine.engine import Engine
 from runtime.equality import Equality, Gap, hugging_face_gap
 from runtime.model.directory import load_spec, resolve_model
+from runtime.progress import tell
 
 ALL = {"workers": "1,2,4,8", "budgets": "16,32,64,128,256,512,1024", "sources": ",".join(SOURCE_SETS)}
 WARM_UP_TOKENS = 6
@@ -60,7 +62,10 @@ def main(
     project_model: Annotated[list[str], typer.Option(help=f"Among {', '.join(MODELS)}.")] = ["llama-2-7b"],  # noqa: B006
     project_workers: Annotated[str, typer.Option(help="GPUs, each number in all splits.")] = "1,2,4,8",
     project_context: Annotated[int, typer.Option(help="Cached tokens.")] = 1024,
-    project_host: Annotated[bool, typer.Option(help="Add this machine's planning and verifying.")] = True,
+    overhead: Annotated[
+        Path | None,
+        typer.Option(help="What `python -m benchmarks.overhead` printed: the host's part of projected steps."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="Run config, YAML.")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="key.path=value")] = [],  # noqa: B006
     resume: Annotated[bool, typer.Option(help="Use the answers that --out already has.")] = False,
@@ -73,6 +78,9 @@ def main(
     rows, sets = parse_numbers(budgets, "--budgets", MIN_BUDGET), parse_source_sets(sources)
     gpus = parse_numbers(project_workers, "--project-workers")
     check_projection(project, project_model, gpus)
+    host = HostPath.load(overhead) if overhead is not None else None
+    if project and host is None:
+        tell("without --overhead the host's part of a step is not counted, which flatters the projection")
     run_config = Config.load(config, set_)
     spec = load_spec(resolve_model(run_config.model.path))
     run_config = one_request_at_a_time(run_config, max(rows))
@@ -94,7 +102,7 @@ def main(
         for device in project
         for model in project_model
         for record in project_onto(
-            figures, DEVICES[device], MODELS[model], gpus, project_context, f"{name} {dtype}", host=project_host
+            figures, DEVICES[device], MODELS[model], gpus, project_context, f"{name} {dtype}", host=host
         )
     ]
     plots = report(figures, projected, fits, out)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.costs import Shape, splits, step_cost
+from benchmarks.roofline.host import HostPath
 from benchmarks.roofline.roofline import Device, fits, step_seconds
 from benchmarks.scaling.cells import OFF
 
@@ -23,7 +24,7 @@ def project(
     context: float,
     measured_with: str,
     item_bytes: int = 2,
-    host: bool = True,
+    host: HostPath | None = None,
 ) -> list[dict[str, Any]]:
     """Project every cell of one worker onto every split of `workers` GPUs; splits that do not fit are left out.
 
@@ -31,7 +32,7 @@ def project(
         measured: figures of one worker's cells (scaling_run.summarise).
         context: cached tokens.
         measured_with: the model that gave S.
-        host: add the measured time of planning and verifying.
+        host: what steps take around the devices, as measured; None: not counted, and the records say so.
     """
     alone = [figures for figures in measured if figures["workers"] == 1]
     meshes = [mesh for count in workers for mesh in splits(count, model.num_heads)]
@@ -53,7 +54,7 @@ def _record(
     context: float,
     measured_with: str,
     item_bytes: int,
-    host: bool,
+    host: HostPath | None,
 ) -> dict[str, Any]:
     rows, tokens_per_step = figures["rows_per_step"], figures["tokens_per_step"]
     largest = rows if lp == 1 else figures["largest_replica_rows_at"][str(lp)]
@@ -67,7 +68,8 @@ def _record(
         lp,
         item_bytes,
         commit_rows=tokens_per_step,
-        host_s=1e-3 * (figures["parts_ms"]["plan"] + figures["parts_ms"]["verify"]) if host else 0.0,
+        host=host,
+        rows=rows,
         **sent,
     )
     # As if every replica had the largest one's rows: an upper bound of the work.
@@ -85,6 +87,7 @@ def _record(
         "tokens_per_step": tokens_per_step,
         "rows_per_step": rows,
         "largest_replica_rows": largest,
+        "host_path": _host_path(host, lp, tp),
         "context": context,
         "flops_per_step": cost.flops,
         "flops_per_token": cost.flops / tokens_per_step,
@@ -95,3 +98,9 @@ def _record(
         "ms_per_token": 1e3 * step.total / tokens_per_step,
         "tokens_per_s": tokens_per_step / step.total,
     }
+
+
+def _host_path(host: HostPath | None, lp: int, tp: int) -> str:
+    if host is None:
+        return "not counted"
+    return "measured" if host.has(lp, tp) else "one process measured, transport assumed"

@@ -119,7 +119,8 @@ def print_projected(projected: Sequence[Figures]) -> None:
     columns += ["ms/token", "tokens/s", "x off"]
     first = projected[0]
     title = f"PROJECTED, not measured: step times from benchmarks/roofline.py at {first['context']:.0f} cached tokens"
-    print_table(f"{title}, S from {first['tokens_per_step_measured_with']}", columns, rows)
+    host_paths = ", ".join(dict.fromkeys(record["host_path"] for record in projected))
+    print_table(f"{title}, S from {first['tokens_per_step_measured_with']}, host path: {host_paths}", columns, rows)
 
 
 def shown_of(group: Sequence[Figures]) -> list[Figures]:

@@ -103,6 +103,9 @@ def _all(quick: bool) -> Iterator[Finding]:
                 "Set model.cuda_graphs to false; report this.",
             ),
             ("step times (cuda)", lambda: time_graphs(_on_cuda("bfloat16")), "Set model.cuda_graphs to false."),
+            ("gpu kernels", lambda: gpu_check("kernels"), "Set model.kernels to torch; report this."),
+            ("gpu bits", lambda: gpu_check("products"), "model.deterministic cannot hold here."),
+            ("gpu step times", lambda: gpu_check("steps"), "Run python -m runtime.gpu_check for more."),
         ]
     for name, check, remedy in checks:
         yield _finding(name, check, remedy)
@@ -377,6 +380,21 @@ def time_graphs(decoder: Decoder, rounds: int = 20) -> str:
         kind = "a plain step" if num_rows == 2 else f"{num_rows} rows"
         found.append(f"{kind} {milliseconds[0]:.2f} ms, with graphs {milliseconds[1]:.2f}")
     return f"{decoder.dtype}: {'; '.join(found)}".removeprefix("torch.")
+
+
+def gpu_check(section: str, device: str = "cuda", is_tiny: bool = False) -> str:
+    """The short form of a section of `python -m runtime.gpu_check`, whose lines go to stderr. Raises RuntimeError where
+    something is wrong."""
+    import torch
+
+    from runtime.gpu_check.main import run
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise NotAvailable("torch finds no CUDA device")
+    report = run(torch.device(device), is_tiny, None, [section], is_short=True)[section]
+    if not report.get("ok", True):
+        raise RuntimeError(report.get("error") or f"{report['summary']}; python -m runtime.gpu_check says more")
+    return str(report["summary"])
 
 
 def _lossless(device: str) -> str:

@@ -21,7 +21,7 @@ from runtime.engine.admission import Admission
 from runtime.engine.scheduler import TOP_K, Scheduler, Step
 from runtime.engine.session import Session
 from runtime.engine.turn import Turn
-from runtime.errors import ConfigError, InvalidRequestError, NumericsError, ResourceExhaustedError, WorkerError
+from runtime.errors import ConfigError, InvalidRequestError, NumericsError, WorkerError
 from runtime.lookahead.knowledge import Knowledge
 from runtime.model.directory import checked_model, for_model
 from runtime.model.shard import HeadShard
@@ -74,7 +74,7 @@ class Engine:
         self.config, self.spec, self.tokenizer = config, spec, tokenizer
         self.stats = EngineStats()
         self.executor = executor
-        self._scheduler = Scheduler(config, spec)
+        self._scheduler = Scheduler(config, spec, executor.num_pages)
         self._admission = Admission(config.scheduler)
         self._measuring: Measuring | None = None
         self._measure_after = 0.0  # time.monotonic()
@@ -495,9 +495,7 @@ class Engine:
                 was_idle, num_waiting = not self.num_running, self.num_waiting
                 self.step()
                 if was_idle and not self.num_running and num_waiting and self.num_waiting == num_waiting:
-                    problem, remedy = "open conversations hold every slot", "Close one first, or raise it."
-                    limit = self.config.scheduler.max_sequences
-                    raise ResourceExhaustedError("scheduler.max_sequences", limit, problem, remedy)
+                    raise self._scheduler.why_waiting()
             boxes = [self._inboxes[request_id] for request_id in request_ids]
             return [box.popleft() for box in boxes for _ in range(len(box))]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +12,8 @@ import numpy as np
 from runtime import core
 from runtime.config import Config
 from runtime.core import CandidateTree, SequenceRows
+from runtime.engine.memory import PageMemory
+from runtime.errors import ResourceExhaustedError
 from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.sequence import Sequence, StepRows
 from runtime.model.spec import ModelSpec
@@ -45,7 +48,8 @@ class Step:
 class Scheduler:
     """Slots, the queue before them, and the rows of each step."""
 
-    def __init__(self, config: Config, spec: ModelSpec) -> None:
+    def __init__(self, config: Config, spec: ModelSpec, num_pages: Listing[int] | None = None) -> None:
+        """`num_pages`: of the workers' caches, where sequences share them (runtime.engine.memory)."""
         self.config, self.spec = config, spec
         self.capacity = config.cache.slot_capacity(spec.max_positions)
         self.layer_groups = layer_groups(config.cache, spec.num_layers, spec.max_positions)
@@ -58,7 +62,8 @@ class Scheduler:
         """What lookahead learns, shared by the sequences that do not want their own."""
         self.cost = RunningCost(assumed(config.scheduler.max_rows), config.scheduler.max_rows)
         """What a step costs by its rows."""
-        self._admitted: list[int] = []  # slots given away since the last plan
+        self.memory = PageMemory(num_pages, self.layer_groups, config.scheduler.max_rows)
+        self._emptied: dict[int, None] = {}  # slots given away since the last plan, or whose memory others may have
         self._lines: dict[int, tuple[Request, Int32]] = {}  # by slot: the parameters of what runs there
         self._commits: dict[int, Int32] = {}  # by slot, what the next plan commits: [C, len(Commit)]
 
@@ -74,7 +79,7 @@ class Scheduler:
         """End a conversation. Its slot is free, at once or when its turn, whose request id is returned, is dropped."""
         sequence = self.sessions.pop(session_id)
         if sequence is not None and sequence.slot not in self.running:
-            self._commits.pop(sequence.slot, None)
+            self._empty(sequence.slot)
         live = (*self.waiting, *(sequence.request for sequence in self.running.values()))
         return next((request.request_id for request in live if request.session_id == session_id), None)
 
@@ -103,24 +108,47 @@ class Scheduler:
         """The request in `slot` has ended; a conversation stays where it is."""
         sequence = self.running.pop(slot)
         if sequence not in self.sessions.values():
-            self._commits.pop(slot, None)
+            self._empty(slot)
+
+    def _empty(self, slot: int) -> None:
+        """The slot's sequence has ended."""
+        self._commits.pop(slot, None)
+        self.memory.give_back(slot)
+        if self.memory.is_shared:
+            self._emptied[slot] = None
 
     @property
     def can_step(self) -> bool:
-        """Whether a step would do something: where open conversations hold all slots, the queue waits for one's end."""
+        """Whether a step would do something: where open conversations hold all slots, or the memory, the queue waits
+        for one's end."""
         if self.running or not self.waiting:
             return bool(self.running)
-        held = sum(sequence is not None for sequence in self.sessions.values())
-        return held < self.config.scheduler.max_sequences or any(map(self._conversation_of, self.waiting))
+        if any(map(self._conversation_of, self.waiting)):
+            return True
+        return len(self._held) < self.config.scheduler.max_sequences and self.memory.fits(self.waiting[0])
+
+    @property
+    def _held(self) -> set[int]:
+        """Slots that are not free."""
+        return {sequence.slot for sequence in self.sessions.values() if sequence is not None} | self.running.keys()
+
+    def why_waiting(self) -> ResourceExhaustedError:
+        """What the queue waits for where nothing runs."""
+        if len(self._held) < self.config.scheduler.max_sequences:
+            problem, remedy = "open conversations hold the memory that it takes", "Close one first, or lower it."
+            return ResourceExhaustedError("cache.capacity", self.capacity, problem, remedy)
+        problem, remedy = "open conversations hold every slot", "Close one first, or raise it."
+        return ResourceExhaustedError("scheduler.max_sequences", self.config.scheduler.max_sequences, problem, remedy)
 
     def admit(self) -> list[Request]:
-        """Give the free slots to waiting requests, first come, first served; a conversation goes on in its own.
+        """Give the free slots to waiting requests, first come, first served; a conversation goes on in its own. Where
+        memory is short, who comes later waits for who came first.
 
         Returns the turns for which a conversation's bounded slot has no room.
         """
         if not self.waiting:
             return []
-        held = {sequence.slot for sequence in self.sessions.values() if sequence is not None} | self.running.keys()
+        held = self._held
         free = deque(slot for slot in range(self.config.scheduler.max_sequences) if slot not in held)
         refused: list[Request] = []
         waiting, self.waiting = self.waiting, deque()
@@ -133,12 +161,16 @@ class Scheduler:
                     refused.append(request)
                 else:
                     self.running[sequence.slot] = sequence
+            elif free and not self.memory.fits(request):
+                free.clear()
+                self.waiting.append(request)
             elif free:
                 slot = free.popleft()
+                self.memory.promise(slot, request)
                 sequence = self.running[slot] = Sequence(
                     request, slot, self.make_ledger(), self.spec.eos_token_ids, self.knowledge
                 )
-                self._admitted.append(slot)
+                self._emptied[slot] = None
                 if request.session_id is not None:
                     self.sessions[request.session_id] = sequence
             else:
@@ -206,12 +238,12 @@ class Scheduler:
         if self._commits:
             commits = [self._commits[slot] for slot in sorted(self._commits)]
             plan.commits = np.concatenate(commits) if len(commits) > 1 else commits[0]
-        if self._admitted:
-            plan.resets = np.array(self._admitted, np.int32)
+        if self._emptied:
+            plan.resets = np.array(list(self._emptied), np.int32)
         for sequence in sequences:
             if sequence.wants_top:
                 plan.top_k = TOP_K
-        self._admitted, self._commits = [], {}
+        self._emptied, self._commits = {}, {}
         return plan
 
     def commit(self, step: Step, part: Part) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,9 @@ from runtime.mesh.device import pick_device
 from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch
 from runtime.model.directory import for_model, load_spec, resolve_model
-from runtime.model.loader import load_decoder
 from runtime.retention import Ledger, layer_groups, with_separator_ids
 from runtime.tokenizer import Tokenizer
+from runtime.workers.worker import decoder_of
 
 HEAD_ROWS = 64
 """Rows whose logits are in memory at a time."""
@@ -52,9 +53,7 @@ class Scorer:
             self.spec = load_spec(self.directory)
             self.tokenizer = Tokenizer(self.directory)
             mesh = Mesh(device=pick_device(config, 0))
-            self.decoder = load_decoder(
-                self.directory, self.spec, mesh, getattr(torch, config.model.dtype), config.model.kernels
-            )
+            self.decoder: Any = decoder_of(config, self.spec, mesh)
         else:
             self.spec, self.tokenizer, self.decoder = weights_of.spec, weights_of.tokenizer, weights_of.decoder
         self.spec.check_cache(config.cache)
@@ -127,7 +126,7 @@ class Scorer:
             parents=rows - 1,
             slots=np.zeros_like(rows),
             rope_lengths=np.ones_like(rows),
-            device=self.decoder.mesh.device,
+            device=self.decoder.batch_device,
         )
         hidden = self.decoder.forward(batch, self.caches)
         for cache in self.caches:

@@ -93,6 +93,37 @@ class Group:
             backend.shutdown()
 
 
+class HostedGroup(Group):
+    """Ranks whose tensors are on GPUs and go through the host's memory: slow, and for ranks that share a GPU, which
+    NCCL refuses. Sums are added up in rank order. No CUDA graph can hold its collectives."""
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        host = super().broadcast(_bytes(tensor), source)
+        return tensor.copy_(host.view(tensor.dtype).view(tensor.shape))
+
+    def all_reduce(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+        if op == dist.ReduceOp.SUM:
+            return add_in_order(self.all_gather(tensor), tensor)
+        return tensor.copy_(super().all_reduce(tensor.cpu(), op))
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        parts = super().all_gather(_bytes(tensor))
+        return [part.view(tensor.dtype).view(tensor.shape).to(tensor.device) for part in parts]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory; gloo does not know every type."""
+    return tensor.contiguous().view(-1).view(torch.uint8).to("cpu", copy=True)
+
+
+def add_in_order(parts: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+    """`out` becomes the sum of the ranks' parts, added up in their order, in float32 at least. Returns it."""
+    total = parts[0].to(torch.promote_types(out.dtype, torch.float32), copy=True)
+    for part in parts[1:]:
+        total += part
+    return out.copy_(total)
+
+
 _open_groups: weakref.WeakSet[Group] = weakref.WeakSet()
 
 

@@ -6,16 +6,18 @@ control rank w + 1, with w = replica * tp + shard.
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from runtime.mesh import LOOPBACK, control, shared_memory
+from runtime.mesh import LOOPBACK, control, shared_memory, symmetric
 from runtime.mesh.control import Control
-from runtime.mesh.group import Group
+from runtime.mesh.group import Group, HostedGroup, add_in_order
 from runtime.mesh.shared_memory import SharedMemory
+from runtime.mesh.symmetric import SmallSums
 from runtime.step import WireLayout
 
 
@@ -37,12 +39,28 @@ class Mesh:
     """The TP group's ranks, where all are on the CPUs of one machine."""
     replicas_memory: SharedMemory | None = None
     """The same of the LP group's."""
+    ordered: bool = False
+    """Sums are added up rank by rank, as shared memory does it in any case: no element's bits depend on its place."""
+
+    small_sums: SmallSums | None = None
+    """Which sums the TP group's GPUs do through memory that they share, in rank order."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the TP group, in place."""
+        """Sum over the TP group, which is returned; on CPUs, and where it is large, in place."""
         if self.shared_memory is not None:
             return self.shared_memory.all_reduce(tensor)
-        return tensor if self.tp_group is None else self.tp_group.all_reduce(tensor)
+        if self.tp_group is None:
+            return tensor
+        if self.small_sums is not None and self.small_sums.takes(tensor):
+            return self.small_sums.all_reduce(tensor)
+        if self.ordered and self.tp > 2:  # a sum of two has one order
+            return add_in_order(self.tp_group.all_gather(tensor), tensor)
+        return self.tp_group.all_reduce(tensor)
+
+    @property
+    def can_record(self) -> bool:
+        """Whether a CUDA graph can hold the TP group's collectives."""
+        return not isinstance(self.tp_group, HostedGroup)
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Every shard's tensor, in shard order. All shards give the same shape and dtype."""
@@ -66,7 +84,8 @@ def join(
 ) -> tuple[Control, Mesh | None]:
     """Join the control plane as `rank`, meeting at `store`, and build this rank's groups, in one order on all ranks.
 
-    The mesh uses NCCL on CUDA devices, else gloo, or shared memory within one machine. Where the store is on the
+    The mesh uses NCCL on CUDA devices, with symmetric memory for small sums where that is faster; gloo by way of the
+    host where ranks share a device; on CPUs gloo, or shared memory within one machine. Where the store is on the
     loopback, so are gloo's connections, whatever the host's name resolves to.
     Returns the mesh too, except on the coordinator (rank 0).
     """
@@ -75,11 +94,14 @@ def join(
     def group(name: str, ranks: list[int], on: torch.device) -> Group | None:
         if rank not in ranks or len(ranks) == 1:
             return None
-        backend: Literal["gloo", "nccl"] = "nccl" if on.type == "cuda" else "gloo"
-        return Group(store, name, ranks.index(rank), len(ranks), backend, address)
+        place = store, name, ranks.index(rank), len(ranks)
+        if on.type == "cuda" and share_a_device(store, ranks):
+            return HostedGroup(*place, "gloo", address)
+        return Group(*place, "nccl" if on.type == "cuda" else "gloo", address)
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        store.set(device_key(rank), f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}")
     cpu = torch.device("cpu")
     plan_group = group("plan", list(range(1 + lp * tp)), cpu)
     assert plan_group is not None
@@ -90,12 +112,26 @@ def join(
     replica, shard = divmod(rank - 1, tp)
     tp_group = group(f"tp/{replica}", [1 + replica * tp + s for s in range(tp)], device)
     lp_group = group(f"lp/{shard}", [1 + r * tp + shard for r in range(lp)], device)
-    memory = replicas_memory = None
+    memory = replicas_memory = small_sums = None
+    if tp_group is not None and device.type == "cuda" and not isinstance(tp_group, HostedGroup):
+        small_sums = symmetric.join(store, f"symmetric/{replica}", tp_group, device)
     if tp_group is not None and device.type == "cpu":
         memory = shared_memory.join(store, f"shared-memory/{replica}", tp_group)
     if lp_group is not None and device.type == "cpu":
         replicas_memory = shared_memory.join(store, f"shared-memory/replicas/{shard}", lp_group)
-    return plane, Mesh(lp, tp, replica, shard, device, tp_group, lp_group, memory, replicas_memory)
+    groups = tp_group, lp_group, memory, replicas_memory
+    return plane, Mesh(lp, tp, replica, shard, device, *groups, small_sums=small_sums)
+
+
+def device_key(rank: int) -> str:
+    """The store key under which a rank says which GPU it has."""
+    return f"device/{rank}"
+
+
+def share_a_device(store: dist.Store, ranks: Sequence[int]) -> bool:
+    """Whether two of these ranks have the same GPU, which NCCL does not allow."""
+    devices = [store.get(device_key(rank)) for rank in ranks]
+    return len(set(devices)) < len(devices)
 
 
 def _close(*groups: Group | None) -> None:

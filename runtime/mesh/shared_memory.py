@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from runtime.compiler import BuildError, shared_library
 from runtime.errors import WorkerError
-from runtime.mesh.group import COLLECTIVE_TIMEOUT_S, Group
+from runtime.mesh.group import COLLECTIVE_TIMEOUT_S, Group, add_in_order
 
 SOURCE = Path(__file__).with_name("meeting.cpp")
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off")
@@ -54,8 +54,7 @@ class SharedMemory:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place. Raises WorkerError if one has died."""
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            parts = self.all_gather(tensor)
-            return tensor.copy_(torch.stack(parts).sum(0))
+            return add_in_order(self.all_gather(tensor), tensor)
         for piece in tensor.view(-1).split(AREA // 4):
             areas = self._exchange(piece)
             self._meeting.meeting_sum(areas, self.num_ranks, AREA, piece.data_ptr(), piece.numel())

@@ -39,11 +39,11 @@ class DecoderLayer:
     mlp: Rowwise
     """GatedMLP or PlainMLP."""
     window: int | None
-    output_norm: Rowwise
+    output_norm: Rowwise = unchanged
     """Of what attention adds."""
-    down_norm: Rowwise
+    down_norm: Rowwise = unchanged
     """Of what the MLP adds."""
-    parallel: bool
+    parallel: bool = False
     """The MLP has the same input as attention, not what attention has been added to."""
 
 

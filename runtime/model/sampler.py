@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,6 +93,24 @@ class TokenChooser:
     mesh: Mesh
     vocab_range: tuple[int, int]
 
+    @property
+    def batch_device(self) -> torch.device:
+        """Where `forward` wants the columns of a batch."""
+        return self.mesh.device
+
+    def forward(self, batch: Any, caches: Any) -> Any:
+        """Run a step's rows; what `choose` takes."""
+        raise NotImplementedError
+
+    def step(
+        self, batch: Any, caches: Any, wanted: NDArray[np.int64], top_k: int, sampled: Sampled | None = None
+    ) -> Int32:
+        """`forward`, then `choose`. [R, 1 + top_k]"""
+        hidden = self.forward(batch, caches)
+        if not len(wanted):
+            return np.zeros((0, 1 + top_k), np.int32)
+        return self.choose(hidden, wanted, top_k, sampled)
+
     def search(self, hidden: torch.Tensor, k: int, keep_all: bool) -> Logits:
         """Logits of rows [R, D], to be searched for the k largest. `keep_all`: the others are wanted, too."""
         raise NotImplementedError
@@ -117,12 +136,12 @@ def choose_tokens(logits: Logits, sampled: Sampled | None, mesh: Mesh, vocab_ran
         sampled: those that do not simply take the largest.
         vocab_range: the ids the slice covers, [start, stop).
     """
-    chosen = _best_of_shards(*logits.best(), mesh, vocab_range)
+    chosen = best_of_shards(*logits.best(), mesh, vocab_range)
     if sampled is None:
         return chosen
     index = upload(sampled.index, logits.values.device)
     scores = _scores(logits.values[index], sampled.rows, sampled.sequences, mesh, vocab_range)
-    chosen[index] = _best_of_shards(*scores.max(dim=-1), mesh, vocab_range)
+    chosen[index] = best_of_shards(*scores.max(dim=-1), mesh, vocab_range)
     return chosen
 
 
@@ -145,7 +164,7 @@ def top_tokens(logits: Logits, k: int, mesh: Mesh, vocab_range: tuple[int, int])
     return ids << TOP_BITS | steps.long()
 
 
-def _best_of_shards(
+def best_of_shards(
     values: torch.Tensor, places: torch.Tensor, mesh: Mesh, vocab_range: tuple[int, int]
 ) -> torch.Tensor:
     """Ids of the largest over all shards, given those of this one; (value, id) pairs travel, not scores. [R]"""
@@ -172,7 +191,7 @@ def _scores(
         least = scaled.new_full((len(scaled),), -torch.inf)
         least[index] = torch.stack(
             [
-                _least_kept(row, int(k), float(p))
+                least_kept(row, int(k), float(p))
                 for row, k, p in zip(whole, top_k[filtered], top_p[filtered], strict=True)
             ]
         )
@@ -196,7 +215,7 @@ def _gather_vocabulary(logits: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     return torch.cat(mesh.all_gather(padded), dim=1)
 
 
-def _least_kept(scaled: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+def least_kept(scaled: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     """The smallest logit that stays under top-k, then top-p of what top-k left; equal logits stay together."""
     count = min(top_k or len(scaled), len(scaled))
     ordered = scaled.topk(min(count, PREFIX)).values

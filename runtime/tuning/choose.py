@@ -64,7 +64,7 @@ def candidates(config: Config, spec: ModelSpec) -> list[Config]:
     if parallel.split == "auto":
         count = parallel.workers or default_workers(config)
         splits = [(count // tp, tp) for tp in range(1, min(count, spec.num_heads) + 1) if count % tp == 0]
-        splits = [(lp, tp) for lp, tp in splits if lp <= 30 and not (model.deterministic and tp > 2)]
+        splits = [(lp, tp) for lp, tp in splits if lp <= 30]
         if not splits:
             problem = f"{count} workers cannot be split for a model of {spec.num_heads} query heads"
             raise ConfigError("parallel.workers", count, problem, "Give another number.")

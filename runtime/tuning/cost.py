@@ -42,6 +42,9 @@ BUDGET_S = 6.0
 LEAST_ROUNDS, ROUNDS = 3, 20
 """Each number of rows is timed as often as its share of the time allows, but at least and at most so many times, in
 rounds over all of them: hiccups hit single rounds. The planner decides by a few percent between small steps."""
+GPU_WARM_UPS = 3
+"""Steps of a number of rows that come before the first timed one on a GPU: a plain one, one that is recorded as a
+graph, and one that replays it."""
 STEADY, ATTEMPTS = 0.25, 3
 """A measurement is good where steps usually took at most this much longer than the fastest like them."""
 GLANCE, GLANCE_S = (1, 16, 64), 0.3
@@ -49,7 +52,7 @@ GLANCE, GLANCE_S = (1, 16, 64), 0.3
 in all. The rest is measured when the engine has nothing else to do, or by `outrider plan`."""
 ASSUMED_ROW = 0.01
 """What a row is taken to cost, in steps, where that was not measured."""
-FORMAT = 6
+FORMAT = 7
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,7 @@ class Measurement:
         self._rounds, self._budget_s, self._longest_s = rounds, budget_s or BUDGET_S, longest_s
         self._grid = [count for count in grid if count <= config.scheduler.max_rows]
         self._ways = [config.parallel.lp, 1] if config.parallel.lp > 1 else [1]
+        self._warm_ups = GPU_WARM_UPS if pick_device(config, 0).type == "cuda" else 1
         self._generator = random.Random(0)
         capacity = config.cache.slot_capacity(spec.max_positions)
         self._context = min(context, capacity // 2, config.scheduler.max_rows, config.cache.size or CONTEXT)
@@ -242,7 +246,9 @@ class Measurement:
     def _time(self, count: int, way: int) -> Iterator[None]:
         parents = [-1, *((row - 1) // 2 for row in range(1, count))]
         step = self._plan(parents, self._context, Choose.SAMPLE, self._ways[way])
-        self._executor.execute(step)  # steps come after others like them: the first makes kernels, and fills caches
+        first = self._warm_ups if not self._seconds[count][way] else 1
+        for _ in range(first):  # steps come after others like them: the first makes kernels, and fills caches
+            self._executor.execute(step)
         began = time.perf_counter()
         self._executor.execute(step)
         self._seconds[count][way].append(time.perf_counter() - began)
@@ -320,6 +326,7 @@ def _place(config: Config, spec: ModelSpec) -> Path:
         config.model.kernels,
         native.available()[1] if device == "cpu" and config.model.kernels != "torch" else "",
         device,
+        (config.model.cuda_graphs, config.model.deterministic) if device == "cuda" else (),
         (config.parallel.lp, config.parallel.tp, config.parallel.threads),
         config.scheduler.max_rows,
         config.cache.model_dump(),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Protocol
 
@@ -20,13 +22,17 @@ from runtime.mesh.device import pick_device
 from runtime.mesh.group import COLLECTIVE_TIMEOUT_S
 from runtime.model.spec import ModelSpec
 from runtime.step import StepPlan, StepResult, WireLayout
-from runtime.workers.worker import DecoderMaker, Worker, alive_key, wire_layout
+from runtime.workers.worker import DecoderMaker, Worker, alive_key, pages_key, wire_layout
 
 LAST_WORDS_S = 1.0
 """How long a worker whose connections have ended may take to say why."""
 
 
 class Executor(Protocol):
+    @property
+    def num_pages(self) -> tuple[int, ...] | None:
+        """Pages of the workers' caches, per group of layers, on the worker that has fewest; None: not shared."""
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step on every replica. Raises WorkerError if that fails."""
 
@@ -58,6 +64,7 @@ class LocalExecutor:
         if config.parallel.threads is not None:
             torch.set_num_threads(config.parallel.threads)
         self._worker = Worker(config, spec, mesh.Mesh(device=pick_device(config, 0)), make_decoder)
+        self.num_pages = self._worker.num_pages
 
     def execute(self, plan: StepPlan) -> StepResult:
         started = time.perf_counter()
@@ -78,9 +85,11 @@ class MeshExecutor:
         self._control: Control | None = None
         self._process = os.getpid()
         self._closed = False
+        self.num_pages: tuple[int, ...] | None = None
         try:
             self._control = self._form_mesh(spec)
-            self.execute(StepPlan.empty())  # the first step returns when every shard is loaded
+            self.execute(StepPlan.empty())  # the first step returns when every replica is loaded
+            self.num_pages = self._fewest_pages()
         except BaseException:
             self.close()
             raise
@@ -92,17 +101,27 @@ class MeshExecutor:
         # Kept: NCCL's ranks meet there when they first have something to send each other.
         store = self._store = dist.TCPStore(self._pool.host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
         self._pool.start(self._config, spec, self._pool.host, store.port)
-        waiting = [alive_key(rank) for rank in range(1, 1 + parallel.num_workers)]
+        self._wait_for(alive_key)
+        control, _ = mesh.join(0, parallel.lp, parallel.tp, torch.device("cpu"), store, self._layout)
+        return control
+
+    def _wait_for(self, key_of: Callable[[int], str]) -> None:
+        """Until every worker has set its key in the store."""
+        num_workers = self._config.parallel.num_workers
+        waiting = [key_of(rank) for rank in range(1, 1 + num_workers)]
         deadline = time.monotonic() + COLLECTIVE_TIMEOUT_S
-        while waiting:
+        while waiting := [key for key in waiting if not self._store.check([key])]:
             if failure := self._pool.failure():
                 raise WorkerError(f"a worker ended while it was starting: {failure}")
             if time.monotonic() > deadline:
-                raise WorkerError(f"{len(waiting)} of {parallel.num_workers} workers did not start in time")
-            waiting = [key for key in waiting if not store.check([key])]
+                raise WorkerError(f"{len(waiting)} of {num_workers} workers did not start in time")
             time.sleep(0.02)
-        control, _ = mesh.join(0, parallel.lp, parallel.tp, torch.device("cpu"), store, self._layout)
-        return control
+
+    def _fewest_pages(self) -> tuple[int, ...] | None:
+        self._wait_for(pages_key)
+        ranks = range(1, 1 + self._config.parallel.num_workers)
+        counts = [json.loads(self._store.get(pages_key(rank))) for rank in ranks]
+        return None if None in counts else tuple(map(min, zip(*counts, strict=True)))
 
     def execute(self, plan: StepPlan) -> StepResult:
         if self._control is None or os.getpid() != self._process:

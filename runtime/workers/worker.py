@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from runtime.mesh.group import COLLECTIVE_TIMEOUT_S
 from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch
 from runtime.model.cuda.graphs import GraphedDecoder
+from runtime.model.cuda.paged_cache import PagedKVCache
 from runtime.model.decoder import Decoder
 from runtime.model.directory import resolve_model
 from runtime.model.loader import load_decoder
@@ -31,7 +34,10 @@ from runtime.model.spec import ModelSpec
 from runtime.retention import layer_groups
 from runtime.step import Int32, StepPlan, WireLayout
 
-AnyDecoder = Decoder | NativeDecoder | GraphedDecoder
+if TYPE_CHECKING:
+    from runtime.model.cuda.decoder import CudaDecoder
+
+AnyDecoder: TypeAlias = "Decoder | NativeDecoder | GraphedDecoder | CudaDecoder"
 DecoderMaker = Callable[[Config, ModelSpec, Mesh], Any]
 """What has the surface of runtime.model.decoder.Decoder."""
 
@@ -49,7 +55,10 @@ class Worker:
         self._min_rows = MIN_ROWS if isinstance(self.decoder, Decoder | GraphedDecoder) else 1
         groups = layer_groups(config.cache, spec.num_layers, spec.max_positions)
         scheduler = config.scheduler
-        self.caches = self.decoder.make_caches(groups, scheduler.max_sequences, max_staged=scheduler.max_rows)
+        self.caches: tuple[Any, ...] = self.decoder.make_caches(
+            groups, scheduler.max_sequences, max_staged=scheduler.max_rows
+        )
+        self.num_pages = pages_of(self.caches)
         self._last = self._share(StepPlan.empty())
         self._unclean: set[int] = set()  # slots in whose rows the last step had NaN or infinities
 
@@ -68,10 +77,8 @@ class Worker:
                 cache.begin_turn(slot, num_coming)
         if not share.num_rows:
             return np.zeros((0, 1 + plan.top_k), np.int32)
-        hidden = self.decoder.forward(RowBatch.of(share, self.mesh.device), self.caches)
-        results = np.zeros((0, 1 + plan.top_k), np.int32)
-        if len(wanted := share.wanted):
-            results = self.decoder.choose(hidden, wanted, plan.top_k, _sampled(plan, share))
+        batch = RowBatch.of(share, self.decoder.batch_device)
+        results = self.decoder.step(batch, self.caches, share.wanted, plan.top_k, _sampled(plan, share))
         chosen, without = share.spread(results)
         self._unclean.update(without)
         return chosen
@@ -107,12 +114,24 @@ def _sampled(plan: StepPlan, share: Share) -> Sampled | None:
 
 def decoder_of(config: Config, spec: ModelSpec, mesh: Mesh) -> AnyDecoder:
     """The model as this rank runs it. Raises ConfigError where the config asks for what cannot be had."""
-    model = config.model
-    directory, dtype = resolve_model(model.path), getattr(torch, model.dtype)
-    decoder = load_decoder(directory, spec, mesh, dtype, "native" if model.deterministic else model.kernels)
-    if model.cuda_graphs and mesh.device.type == "cuda" and isinstance(decoder, Decoder):
-        return GraphedDecoder(decoder)
-    return decoder
+    directory, dtype = resolve_model(config.model.path), getattr(torch, config.model.dtype)
+    kernels, on_cpu = config.model.kernels, mesh.device.type == "cpu"
+    if kernels == "triton":
+        kernels = "torch"
+    elif config.model.deterministic and on_cpu:
+        kernels = "native"
+    decoder = load_decoder(directory, spec, mesh, dtype, kernels)
+    if not isinstance(decoder, Decoder) or on_cpu and config.model.kernels != "triton":
+        return decoder
+    from runtime.model.cuda.choice import decoder_for_gpu  # here: importing Triton takes a third of a second
+
+    return decoder_for_gpu(config, decoder)
+
+
+def pages_of(caches: Sequence[Any]) -> tuple[int, ...] | None:
+    """How many pages each has; None where slots have memory of their own."""
+    paged = [cache.num_pages for cache in caches if isinstance(cache, PagedKVCache)]
+    return tuple(paged) if paged else None
 
 
 def serve(
@@ -130,8 +149,10 @@ def serve(
     layout = wire_layout(config)
     control, mesh = meshes.join(rank, parallel.lp, parallel.tp, device, store, layout)
     assert mesh is not None
+    mesh = replace(mesh, ordered=config.model.deterministic)
     try:
         worker = Worker(config, spec, mesh, make_decoder)
+        store.set(pages_key(rank), json.dumps(worker.num_pages))
         gc.freeze()  # what is here stays: looking through it for garbage would hold up a step for milliseconds
         _loop(worker, control, layout)
     finally:  # a peer that waits for this rank learns at once that it has gone
@@ -156,6 +177,11 @@ def _loop(worker: Worker, control: Control, layout: WireLayout) -> None:
 def alive_key(rank: int) -> str:
     """The store key that worker `rank` sets once it is there."""
     return f"alive/{rank}"
+
+
+def pages_key(rank: int) -> str:
+    """The store key under which worker `rank` says what pages its caches have, once it has loaded."""
+    return f"pages/{rank}"
 
 
 def wire_layout(config: Config) -> WireLayout:

@@ -14,7 +14,18 @@ import typer
 from benchmarks.common import Run, parse_try
 from benchmarks.costs import Shape, splits, step_cost
 from benchmarks.roofline import published
-from benchmarks.roofline.roofline import DEVICES, EAGER, GRAPH, MODELS, TRANSPORT, StepTime, fits, step_seconds
+from benchmarks.roofline.host import HostPath
+from benchmarks.roofline.roofline import (
+    DEVICES,
+    EAGER,
+    GRAPH,
+    MODELS,
+    TRANSPORT,
+    StepTime,
+    attention_bytes,
+    fits,
+    step_seconds,
+)
 from benchmarks.scaling import main as scaling
 from benchmarks.scaling import plots as scaling_plots
 from benchmarks.scaling import report as scaling_report
@@ -28,6 +39,7 @@ from benchmarks.speed.report import Floor, Method, verdict
 from runtime.config import Config, LookaheadConfig, ModelConfig
 from runtime.engine.engine import Engine
 from runtime.equality import Equality
+from runtime.errors import ConfigError
 from runtime.model.directory import load_spec
 from runtime.model.shard import HeadShard
 from runtime.request import Completion, FinishReason, Usage
@@ -286,10 +298,56 @@ def test_projections_say_that_they_are_and_where_s_comes_from():
     for record in records:
         assert record["tokens_per_s"] == pytest.approx(1e3 * record["tokens_per_step"] / record["step_ms"])
         assert sum(record["parts_ms"].values()) == pytest.approx(record["step_ms"])
-        assert record["parts_ms"]["host"] == pytest.approx(0.75)
+        assert record["parts_ms"]["host"] == 0 and record["host_path"] == "not counted"
     assert next(r for r in records if r["lp"] == 8)["largest_replica_rows"] == 60 / 8 + 4
-    without = project(measured, H100, SEVEN, [1], 1024, "tiny float32", host=False)
-    assert without[0]["parts_ms"]["host"] == 0
+    cells = [
+        {"lp": 1, "tp": 1, "sequences": 1, "rows": 1, "ms": 0.1},
+        {"lp": 1, "tp": 1, "sequences": 1, "rows": 101, "ms": 0.3},
+        {"lp": 1, "tp": 1, "sequences": 8, "rows": 101, "ms": 9.0},
+        {"lp": 8, "tp": 1, "sequences": 1, "rows": 1, "ms": 2.0},
+    ]
+    counted = project(measured, H100, SEVEN, [1, 8], 1024, "tiny float32", host=HostPath.of(cells, "here"))
+    found = {(r["lp"], r["tp"], r["sources"]): r for r in counted}
+    off, ahead, replicas = found[1, 1, OFF], found[1, 1, "jacobi"], found[8, 1, "jacobi"]
+    assert off["parts_ms"]["host"] == pytest.approx(0.1)
+    assert ahead["parts_ms"]["host"] == pytest.approx(0.1 + 0.2 * 59 / 100) and ahead["host_path"] == "measured"
+    assert replicas["parts_ms"]["host"] == pytest.approx(2.0) and replicas["parts_ms"]["broadcast"] == 0
+    tensor = found[1, 8, "jacobi"]  # this mesh was not measured
+    assert tensor["parts_ms"]["host"] == ahead["parts_ms"]["host"] and tensor["parts_ms"]["broadcast"] > 0
+    assert tensor["host_path"] == "one process measured, transport assumed"
+
+
+def test_the_host_path_is_what_overhead_printed(tmp_path: Path):
+    path = tmp_path / "overhead.txt"
+    cells = [{"lp": 1, "tp": 1, "sequences": 1, "rows": rows, "ms": rows / 100} for rows in (16, 1, 512)]
+    path.write_text("a table\n" + json.dumps({"benchmark": "overhead", "cells": cells}) + "\n")
+    host = HostPath.load(path)
+    assert [host.seconds(rows) * 100 for rows in (0.5, 1, 8, 512, 1024)] == pytest.approx(
+        [1e-3, 1e-3, 8e-3, 0.512, 1.024]
+    )
+    for text, words in (
+        ("", "IndexError"),
+        ("not JSON", "is not what benchmarks.overhead prints"),
+        (json.dumps({"benchmark": "speed"}), "is of the benchmark speed"),
+        (json.dumps({"benchmark": "overhead", "cells": []}), "no steps of one sequence in one process"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            HostPath.load(path)
+    with pytest.raises(ConfigError, match="--overhead = .*No such file"):
+        HostPath.load(tmp_path / "none")
+
+
+def test_attention_moves_what_its_kernels_do():
+    """One row reads the cache once; each further tile reads the dense part again, each row its own tail."""
+    shard = MODELS["llama-3-8b"].shard(1)
+    once, scratch = attention_bytes(shard, 1, 4096, 2)
+    assert once == shard.kv_read_bytes(4096, 2)
+    assert scratch == 8 * 32 * 32 * 32 * (128 + 2)  # layers, heads, parts
+    sixteen, again = attention_bytes(shard, 32, 4096, 2)  # two tiles of 16 rows, 4 heads of a group each
+    partial = 8 * 32 * 32 * 32 * 16 * (128 + 2)
+    assert sixteen == once and again == shard.kv_read_bytes(4000 + 31 * 96, 2) + partial
+    assert attention_bytes(shard, 8, 0, 2) == (0, 0)
 
 
 def test_splits_that_do_not_fit_are_not_projected():
@@ -342,7 +400,7 @@ def run_scaling(tmp_path: Path, **changes: Any) -> int:
         "project_model": ["llama-2-7b"],
         "project_workers": "1,2,4,8",
         "project_context": 512,
-        "project_host": True,
+        "overhead": None,
         "config": None,
         "set_": [f"model.path={tmp_path / 'model'}"],
         "resume": True,

@@ -79,3 +79,23 @@ class CacheArrays:
     """[T]"""
     slots: torch.Tensor
     """[T] the row's place in the cache as its policy counts, from which the anchors' distances are measured."""
+
+
+@dataclass(frozen=True)
+class ChoiceArrays:
+    """The rows that choose a token, and how they do. int32, on the device, [T] each, of which the first R are used."""
+
+    rows: torch.Tensor
+    """Which rows of the step they are; those that fill up a shape are row 0, and choose greedily."""
+    temperatures: torch.Tensor
+    """float32 bits; 0: the row takes the likeliest token."""
+    top_ks: torch.Tensor
+    """0: all."""
+    top_ps: torch.Tensor
+    """float32 bits"""
+    seeds_low: torch.Tensor
+    """The seed's low 31 bits."""
+    seeds_high: torch.Tensor
+    """Its high 32 bits."""
+    positions: torch.Tensor
+    """Of the token that is chosen, which the noise depends on."""

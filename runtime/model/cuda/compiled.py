@@ -24,8 +24,9 @@ from typing import Any
 import torch
 
 from runtime.model.cuda.activation import gated
-from runtime.model.cuda.arrays import CacheArrays, RowArrays
+from runtime.model.cuda.arrays import CacheArrays, ChoiceArrays, RowArrays
 from runtime.model.cuda.attention import Parts, Tiling, attend
+from runtime.model.cuda.draw import draw, least_kept
 from runtime.model.cuda.embedding import embed
 from runtime.model.cuda.heads import rotate_and_store
 from runtime.model.cuda.jit import HAS_TRITON, is_interpreted
@@ -34,7 +35,13 @@ from runtime.model.cuda.norm import Norm, add_norm
 from runtime.model.cuda.top import top
 
 TARGETS = (80, 90)
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+}
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 80, 96, 128, 256)
 ROW_COUNTS = (1, 64)
@@ -84,6 +91,10 @@ def cases(dtypes: Sequence[torch.dtype], head_dims: Sequence[int]) -> Iterator[t
                     yield what, partial(_attend, dtype, head_dim, num_rows, window)
     yield "k=8", partial(top, empty(64, VOCABULARY), 8)
     yield "k=1", partial(top, empty(1, VOCABULARY), 1)
+    choices = ChoiceArrays(*[ints(64)] * 7)
+    yield "", partial(least_kept, empty(64, VOCABULARY), choices)
+    yield "", partial(draw, empty(64, VOCABULARY), None, choices, 0)
+    yield "filtered", partial(draw, empty(64, VOCABULARY), empty(64), choices, 0)
 
 
 def _move(dtype: torch.dtype, head_dim: int) -> None:

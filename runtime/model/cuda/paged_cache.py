@@ -318,11 +318,18 @@ class PagedKVCache:
         self.buffer.index_copy_(3, upload(np.ascontiguousarray(places), self.device), block)
 
 
-def pages_of_slot(retained: Retention, max_staged: int) -> int:
-    """Most pages that a sequence can hold: those of its tokens, of the rows it stages, and of its anchors."""
+def pages_of_slot(retained: Retention, max_staged: int, num_tokens: int | None = None) -> int:
+    """Most pages that a sequence can hold: those of its tokens, of the rows it stages, and of its anchors.
+
+    `num_tokens`: no row stands behind so many; None: it may fill the slot.
+    """
     count = -(-(retained.max_stored + max_staged) // PAGE) + 1
+    num_anchors = 0
     if isinstance(retained, Compacting):
-        return count + -(-(retained.num_initial + retained.max_separators) // PAGE)
-    if isinstance(retained, Sliding) and retained.window is not None:
-        return count + -(-(retained.max_stored + max_staged) // PAGE)
-    return count
+        num_anchors = -(-(retained.num_initial + retained.max_separators) // PAGE)
+    elif isinstance(retained, Sliding) and retained.window is not None:
+        num_anchors = count
+    if num_tokens is None:
+        return count + num_anchors
+    most = -(-num_tokens // PAGE)
+    return min(count, most) + min(num_anchors, most)

@@ -12,13 +12,20 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.model.attention import RowBatch, Segment
-from runtime.model.cuda.arrays import ANCHOR_BIT, CHUNK, DEPTH, CacheArrays, RowArrays
+from runtime.model.cuda.arrays import ANCHOR_BIT, CHUNK, DEPTH, CacheArrays, ChoiceArrays, RowArrays
 from runtime.model.cuda.paged_cache import PagedKVCache, Pages
+from runtime.model.sampler import GREEDY_BELOW, Sampled
+from runtime.step import Row, Seq
 
 HEADER = 16
 """Words: counts, then for each cache where its moves stand in the lists, and how many they are."""
 NUM_ROW_ARRAYS = 8
+NUM_CHOICE_ARRAYS = 7
 NUM_CACHE_ARRAYS = 8
+FIRST_CACHE_ARRAY = NUM_ROW_ARRAYS + NUM_CHOICE_ARRAYS
+ONE = int(np.float32(1).view(np.int32))
+SAMPLING = (Seq.TEMPERATURE, Seq.TOP_K, Seq.TOP_P, Seq.SEED_LOW, Seq.SEED_HIGH)
+"""Columns of a sequence's line that ChoiceArrays has."""
 
 Ints = NDArray[np.int64]
 
@@ -29,7 +36,7 @@ class StepBuffer:
         assert 2 + 2 * len(caches) <= HEADER
         self.num_rows, self.window, self.rows_per_tile = num_rows, window, rows_per_tile
         self.device = device = caches[0].device
-        num_fixed = HEADER + (NUM_ROW_ARRAYS + NUM_CACHE_ARRAYS * len(caches)) * num_rows
+        num_fixed = HEADER + (FIRST_CACHE_ARRAY + NUM_CACHE_ARRAYS * len(caches)) * num_rows
         num_listed = sum(cache.num_pages + 4 * cache.max_staged for cache in caches) + num_rows * (num_rows + 1) // 2
         host = torch.zeros(num_fixed + num_listed, dtype=torch.int32)
         self.host = host.pin_memory() if device.type == "cuda" else host
@@ -44,7 +51,8 @@ class StepBuffer:
         lists = self.buffer[num_fixed:]
         counts, tiles = self.buffer[:2], arrays[6:8]
         self.rows = RowArrays(counts, tokens, positions, rope_lengths, dense_stop, diverged, path_start, tiles, lists)
-        per_cache = arrays[NUM_ROW_ARRAYS:].view(len(caches), NUM_CACHE_ARRAYS, num_rows)
+        self.choices = ChoiceArrays(*arrays[NUM_ROW_ARRAYS:FIRST_CACHE_ARRAY])
+        per_cache = arrays[FIRST_CACHE_ARRAY:].view(len(caches), NUM_CACHE_ARRAYS, num_rows)
         self.cached = [CacheArrays(*part) for part in per_cache]
         self.moves = [self.buffer[2 + 2 * index : 4 + 2 * index] for index in range(len(caches))]
         """Per cache, the header that `move` wants."""
@@ -52,14 +60,24 @@ class StepBuffer:
         self._lists = self.array[num_fixed:]
         self._num_fixed = num_fixed
 
-    def load(self, batch: RowBatch, caches: Sequence[PagedKVCache]) -> None:
-        """Describe a step of at most T rows, and send it. Raises OutOfPagesError."""
+    def load(
+        self,
+        batch: RowBatch,
+        caches: Sequence[PagedKVCache],
+        wanted: Ints | None = None,
+        sampled: Sampled | None = None,
+    ) -> None:
+        """Describe a step of at most T rows, and send it. Raises OutOfPagesError.
+
+        `wanted` [R], the rows that choose a token, and which of them by chance.
+        """
         assert batch.num_rows <= self.num_rows
         if self._copied is not None:
             self._copied.synchronize()  # the copy of the step before, done long ago
         fixed, lists = self._fixed, _Lists(self._lists)
         fixed.fill(0)
-        fixed[NUM_ROW_ARRAYS:].reshape(len(caches), NUM_CACHE_ARRAYS, -1)[:, :2] = -1
+        fixed[FIRST_CACHE_ARRAY:].reshape(len(caches), NUM_CACHE_ARRAYS, -1)[:, :2] = -1
+        self._load_choices(wanted, sampled)
         for index, cache in enumerate(caches):
             moves = cache.begin_step()
             self.array[2 + 2 * index : 4 + 2 * index] = lists.add(moves.ravel()), moves.shape[1]
@@ -77,6 +95,17 @@ class StepBuffer:
         if self._copied is not None:
             self._copied.record()
 
+    def _load_choices(self, wanted: Ints | None, sampled: Sampled | None) -> None:
+        arrays = self._fixed[NUM_ROW_ARRAYS:FIRST_CACHE_ARRAY]
+        arrays[3] = ONE
+        if wanted is not None:
+            arrays[0, : len(wanted)] = wanted
+        if sampled is not None:
+            arrays[1:6, sampled.index] = sampled.sequences[:, SAMPLING].T
+            cold = arrays[1].view(np.float32) < GREEDY_BELOW
+            arrays[1, cold] = 0
+            arrays[6, sampled.index] = sampled.rows[:, Row.POSITION] + 1
+
     def _load_segment(self, segment: Segment, caches: Sequence[PagedKVCache], lists: _Lists, num_tiles: int) -> int:
         rows, positions = slice(segment.start, segment.stop), segment.positions
         in_place, diverged, path_start, path = paths(segment)
@@ -87,7 +116,7 @@ class StepBuffer:
         dense_stop = np.minimum(np.maximum(positions - DEPTH, 0), diverged) // CHUNK * CHUNK
         self._fixed[3:6, rows] = dense_stop, diverged, lists.add(flagged) + path_start
         for index, cache in enumerate(caches):
-            per_cache = self._fixed[NUM_ROW_ARRAYS + NUM_CACHE_ARRAYS * index :][:NUM_CACHE_ARRAYS, rows]
+            per_cache = self._fixed[FIRST_CACHE_ARRAY + NUM_CACHE_ARRAYS * index :][:NUM_CACHE_ARRAYS, rows]
             self._load_cache(per_cache, cache, segment, in_place, diverged, lists)
         starts = np.arange(segment.start, segment.stop, self.rows_per_tile)
         stop = num_tiles + len(starts)

@@ -16,7 +16,7 @@ class DeviceLogits(Logits):
     """Logits whose largest are found by two kernels, once for all questions."""
 
     def __init__(self, values: torch.Tensor, k: int) -> None:
-        """`values` [R, V_local]; `k`, the most that `top` will be asked for."""
+        """`values` [R, V_local], contiguous; `k`, the most that `top` will be asked for."""
         super().__init__(values)
         self.found = top(values, k)
 

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from runtime.mesh import LOOPBACK
-from runtime.mesh.group import Group
+from runtime.mesh.group import Group, add_in_order
+from runtime.mesh.mesh import Mesh
 
 RANKS = 3
 
@@ -89,3 +90,23 @@ def test_a_rank_that_has_left_is_noticed(tmp_path: Path) -> None:
             group.all_reduce(torch.ones(1))
 
     on_all_ranks(dist.FileStore(str(tmp_path / "store"), RANKS), "group", work)
+
+
+def test_sums_in_rank_order_do_not_depend_on_an_elements_place() -> None:
+    """Three numbers of which the order of additions shows, at every place of a tensor of every size."""
+    numbers = torch.tensor([1e8, 1.0, -1e8])
+    for size in (1, 7, 64, 1000):
+        mesh = Mesh(tp=3, tp_group=Reading(numbers[:, None].expand(3, size)), ordered=True)  # type: ignore[arg-type]
+        assert (mesh.all_reduce(torch.full((size,), 1e8)) == (numbers[0] + numbers[1]) + numbers[2]).all()
+    half = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
+    assert add_in_order(list(half), torch.empty(1, dtype=torch.bfloat16)) == 258  # one rounding, at the end
+
+
+class Reading:
+    """A group that gathers what it is told."""
+
+    def __init__(self, parts: torch.Tensor) -> None:
+        self.parts = parts
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return list(self.parts)

@@ -42,13 +42,26 @@ def test_deterministic_lookahead_equals_plain_to_the_last_token(tiny_model, dtyp
             assert sum(answer.usage.num_steps for answer in looked) < 6 * 60
 
 
+@pytest.mark.system
+def test_sums_of_three_ranks_have_one_order(tiny_model):
+    """Whether the ranks' parts go through shared memory or through a group."""
+    prompts = [random.Random(3).choices(range(256), k=30) for _ in range(2)]
+    settings = {
+        "model": {"path": str(tiny_model), "dtype": "bfloat16", "deterministic": True},
+        "parallel": {"tp": 3},
+        "scheduler": {"max_sequences": 2, "max_rows": 160},
+    }
+    sampling = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    with Engine.from_config(settings) as engine:
+        alone = [engine.generate([prompt], sampling, PLAIN)[0].token_ids for prompt in prompts]
+        assert [answer.token_ids for answer in engine.generate(prompts, sampling, WIDE)] == alone
+
+
 def test_deterministic_refuses_what_could_change_a_bit(tmp_path, tiny_model):
     gelu = save_tiny_model(tmp_path / "gelu", hidden_act="gelu")
     with pytest.raises(ConfigError, match="model.kernels"):
         Engine.from_config({"model": {"path": str(gelu), "deterministic": True}})
     with pytest.raises(ConfigError, match="model.kernels"):
         Engine.from_config({"model": {"path": str(tiny_model), "deterministic": True, "dtype": "float16"}})
-    with pytest.raises(ConfigError, match="model.deterministic"):
-        Engine.from_config({"model": {"path": str(tiny_model), "deterministic": True}, "parallel": {"tp": 3}})
     with pytest.raises(ConfigError, match="model.deterministic"):
         Engine.from_config({"model": {"path": str(tiny_model), "deterministic": True, "kernels": "torch"}})

@@ -8,10 +8,15 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from runtime import Config, Engine, LookaheadConfig, SamplingParams, WorkerError
+from runtime.core import Sliding
 from runtime.equality import Equality, hugging_face_gap
+from runtime.model.cuda.paged_cache import pages_of_slot
+from runtime.model.directory import checked_model
 from runtime.step import Row
+from runtime.tokenizer import Tokenizer
 from runtime.workers.executor import MeshExecutor
 from runtime.workers.pool import ProcessPool
 from tests.runtime.engine.test_engine import PLAIN, make_prompts
@@ -163,3 +168,29 @@ def test_each_source_set_and_budget_is_shared_by_eight_replicas(tiny_model, alon
     wide = [share for share in shares if share[0] > 150]
     assert len(wide) > 10
     assert all(most <= total / 8 + depth for total, most, depth in wide)  # its share, and one path to where that begins
+
+
+def paged_decoder(config: Config, spec, mesh):
+    """A worker.DecoderMaker: what GPUs compute with, its kernels' places taken by torch."""
+    from runtime.model.cuda.decoder import CudaDecoder
+    from runtime.model.directory import resolve_model
+    from runtime.model.loader import load_decoder
+
+    return CudaDecoder(load_decoder(resolve_model(config.model.path), spec, mesh, torch.float32, "torch"))
+
+
+@pytest.mark.parametrize(("lp", "tp"), [(2, 1), (1, 2)])
+def test_ranks_on_paged_caches_equal_one_process(tiny_model, alone, lp, tp):
+    """Accepted rows are copied from page to page; shards draw over slices of the vocabulary; pages are counted."""
+    gap_of = hugging_face_gap(tiny_model)
+    config = make_config(tiny_model, lp, tp)
+    directory, spec = checked_model(config)
+    executor = MeshExecutor(config, spec, ProcessPool(paged_decoder))
+    assert executor.num_pages == (4 * pages_of_slot(Sliding(None, 512, slot=False), 128),)
+    with Engine(config, spec, Tokenizer(directory), executor) as engine:
+        for name in ("greedy", "nucleus"):
+            equality = Equality(gap_of, tolerance=1e-4 if name == "greedy" else 0.0)
+            answers = engine.generate(PROMPTS[:2], SAMPLING[name])
+            for prompt, one, other in zip(PROMPTS[:2], alone[name][:2], answers, strict=True):
+                equality.compare(prompt, one.token_ids, other.token_ids, f"{name} lp={lp} tp={tp}")
+            assert equality.lossless, equality

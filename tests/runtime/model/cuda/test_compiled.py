@@ -17,7 +17,20 @@ from runtime.model.cuda.jit import HAS_TRITON
 ROOT = Path(__file__).resolve().parents[4]
 MOST_SHARED = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that a program can have."""
-KERNELS = {"add_norm", "gated", "embed", "move", "rotate_and_store", "dense", "tail", "blocks", "rows"}
+KERNELS = {
+    "add_norm",
+    "gated",
+    "embed",
+    "move",
+    "rotate_and_store",
+    "dense",
+    "tail",
+    "blocks",
+    "rows",
+    "least_kept",
+    "draw",
+    "pick",
+}
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is needed: pip install triton")
 

@@ -3,6 +3,7 @@ number of sequences is the same work, sent once."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -16,16 +17,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from runtime import Config, Engine, LookaheadConfig, SamplingParams
+from runtime.errors import ConfigError
 from runtime.mesh.mesh import Mesh
-from runtime.model.cuda import attention
+from runtime.model.cuda import attention, choice, draw
 from runtime.model.cuda import decoder as decoder_module
-from runtime.model.cuda.choice import cuda_decoder, cuda_obstacle
-from runtime.model.cuda.decoder import EAGER, CudaDecoder, Operations
+from runtime.model.cuda.arrays import ChoiceArrays
+from runtime.model.cuda.choice import cuda_obstacle, decoder_for_gpu, same_at_any_place
+from runtime.model.cuda.decoder import EAGER, CudaDecoder, Operations, shared_pages
 from runtime.model.cuda.paged_cache import OutOfPagesError
+from runtime.model.cuda.step_buffer import SAMPLING
 from runtime.model.decoder import Decoder
-from runtime.model.directory import load_spec
+from runtime.model.directory import checked_model, load_spec
 from runtime.model.loader import load_decoder
+from runtime.model.sampler import Logits, Sampled, choose_tokens
+from runtime.model.shard import split
 from runtime.retention import layer_groups
+from runtime.step import NOT_A_NUMBER, Row, Seq
+from runtime.tokenizer import Tokenizer
+from runtime.workers.executor import LocalExecutor
 from tests.models import save_tiny_model
 from tests.oracles import POLICIES, some_text
 from tests.runtime.engine.test_engine import PLAIN
@@ -193,7 +202,7 @@ def talkative(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("policy", ["full", "sink", "sep", "streaming"])
 @pytest.mark.slow
-def test_an_engine_on_paged_caches_gives_the_same_tokens(talkative, policy, monkeypatch) -> None:
+def test_an_engine_on_paged_caches_gives_the_same_tokens(talkative, policy) -> None:
     """Greedy alone, with lookahead and without, and sampled in company."""
     cache = POLICIES[policy]
     cache = cache | {"separators": (5, 9, 13)} if cache["policy"] == "sep" else cache
@@ -208,10 +217,8 @@ def test_an_engine_on_paged_caches_gives_the_same_tokens(talkative, policy, monk
     }
 
     def outputs(decoder: Decoder | CudaDecoder) -> list[list[int]]:
-        with monkeypatch.context() as patch:
-            patch.setattr("runtime.workers.worker.load_decoder", lambda *_, **__: decoder)
-            engine = Engine.from_config(Config.from_dict(settings))
-        with engine:
+        with engine_on(decoder, settings) as engine:
+            assert (engine.executor.num_pages is None) == isinstance(decoder, Decoder)
             alone = [engine.generate([p], greedy, how)[0] for p in prompts for how in (PLAIN, LOOKAHEAD)]
             assert any(one.usage.tokens_per_step > 1.1 for one in alone)
             return [list(one.token_ids) for one in [*alone, *engine.generate(prompts, sampled)]]
@@ -220,6 +227,81 @@ def test_an_engine_on_paged_caches_gives_the_same_tokens(talkative, policy, monk
     found = outputs(CudaDecoder(plain))
     assert found[0] == found[1] and found[2] == found[3]
     assert found == outputs(plain)
+
+
+def engine_on(decoder: Decoder | CudaDecoder, settings: dict) -> Engine:
+    """In this process, around this decoder."""
+    config = Config.from_dict(settings)
+    directory, spec = checked_model(config)
+    return Engine(config, spec, Tokenizer(directory), LocalExecutor(config, spec, lambda *_: decoder))
+
+
+@pytest.mark.slow
+@needs_interpreter
+def test_an_engine_on_kernels_gives_the_same_tokens(tmp_path, monkeypatch) -> None:
+    """Kernels from the embedding to the drawn token, chosen by the config; greedy, filtered and not, alone and in
+    company."""
+    monkeypatch.setattr(attention, "WANTED_PIECES", 1)
+    small = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 16, "num_hidden_layers": 1}
+    save_tiny_model(tmp_path, vocab_size=16, seed=1, **small)
+    settings = {
+        "model": {"path": str(tmp_path)},
+        "cache": POLICIES["sink"],
+        "scheduler": {"max_sequences": 2, "max_rows": 16},
+        "lookahead": {"enabled": False},
+    }
+    narrow = LookaheadConfig(planner=False, sources=("suffix",), row_budget=8)
+    cases = [
+        SamplingParams(max_new_tokens=10, ignore_eos=True, temperature=t, seed=s) for t, s in ((0, 0), (0.7, 2**40))
+    ]
+    cases.append(cases[1].model_copy(update={"top_k": 7, "top_p": 0.9}))
+
+    def outputs(kernels: str) -> list[list[int]]:
+        with Engine.from_config(settings | {"model": settings["model"] | {"kernels": kernels}}) as engine:
+            is_paged = engine.executor.num_pages is not None
+            assert is_paged == (kernels == "triton")
+            prompts = [[3, 1, 4, 3, 1], [5, 9, 2]]
+            ways = (narrow,) if kernels == "triton" else (PLAIN, narrow)
+            return [
+                list(one.token_ids) for case in cases for way in ways for one in engine.generate(prompts, case, way)
+            ]
+
+    plain = outputs("torch")
+    ahead = [one for start in range(0, len(plain), 4) for one in plain[start + 2 : start + 4]]
+    assert outputs("triton") == ahead == [one for start in range(0, len(plain), 4) for one in plain[start : start + 2]]
+
+
+@needs_interpreter
+def test_rows_draw_the_tokens_of_the_reference() -> None:
+    """Greedy rows beside drawing ones, cut by top-k and top-p or not, with equals at the cuts, on halves of a
+    vocabulary too."""
+    torch.manual_seed(0)
+    num_rows, size = 9, 2500
+    logits = (torch.randn(num_rows, size) * 24).round() / 8  # equals are frequent
+    logits[7, 5], logits[8, 3] = torch.nan, torch.inf
+    sequences = np.zeros((num_rows, len(Seq)), np.int32)
+    top_p = np.array([1, 1, 1, 0.9, 0.6, 0.99, 1, 1, 1], np.float32)
+    sequences[:, Seq.TEMPERATURE] = np.array([0, 0.7, 1.3, 0.5, 1, 0.9, 1e-4, 1, 1], np.float32).view(np.int32)
+    sequences[:, Seq.TOP_P], sequences[:, Seq.TOP_K] = top_p.view(np.int32), [0, 0, 5, 40, 0, 2400, 0, 0, 0]
+    sequences[:, Seq.SEED_LOW] = np.arange(num_rows) * 12345
+    sequences[:, Seq.SEED_HIGH] = [0, -5, 7, 2**31 - 1, 3, 4, 5, 6, 7]
+    rows = np.zeros((num_rows, len(Row)), np.int32)
+    rows[:, Row.POSITION] = np.arange(num_rows) * 999
+    sampled = Sampled(np.arange(1, num_rows), rows[1:], sequences[1:])
+    expected = choose_tokens(Logits(logits), sampled, Mesh(), (0, size))
+    columns = [torch.zeros(num_rows, dtype=torch.int32), *torch.from_numpy(sequences[:, SAMPLING].T.copy())]
+    choices = ChoiceArrays(*columns, positions=torch.from_numpy(rows[:, Row.POSITION] + 1))
+    least = draw.least_kept(logits, choices)
+    assert torch.equal(least, draw.least_kept_eager(logits, choices))
+    assert (least > -torch.inf).tolist() == [False, False, True, True, True, True, False, False, False]
+    for parts in (1, 2):
+        places = [split(size, part, parts) for part in range(parts)]
+        found = [draw.draw(logits[:, a:b].contiguous(), least, choices, a) for a, b in places]
+        values = torch.stack([value for value, _ in found])
+        ids = torch.stack([where + start for (_, where), (start, _) in zip(found, places, strict=True)])
+        tokens = ids.gather(0, values.max(0).indices[None])[0].masked_fill(~values.amax(0).isfinite(), NOT_A_NUMBER)
+        assert tokens.tolist() == expected.tolist()
+    assert expected[7:].tolist() == [NOT_A_NUMBER] * 2
 
 
 class Watched(TorchDispatchMode):
@@ -240,6 +322,21 @@ class Watched(TorchDispatchMode):
         self.seen.append(f"{name}{tree_map(describe, arguments)}")
 
 
+class Found(Logits):
+    """What a search that reads nothing gives."""
+
+    def __init__(self, values: torch.Tensor, k: int) -> None:
+        super().__init__(values)
+        self.k = k
+
+    def best(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.values.new_zeros(len(self.values)), self.values.new_zeros(len(self.values), dtype=torch.int64)
+
+    def top(self, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        values = self.values.new_zeros(len(self.values), k)
+        return values, values.long(), values[:, 0]
+
+
 def stand_ins(watched: Watched) -> Operations:
     """Operations that are noted as launches and, as kernels on a GPU do, read nothing on the host."""
 
@@ -253,6 +350,12 @@ def stand_ins(watched: Watched) -> Operations:
                     return torch.zeros_like(hidden)
                 case "gated", (torch.Tensor() as gate_up, *_):
                     return gate_up.new_zeros(len(gate_up), gate_up.shape[1] // 2)
+                case "search", (torch.Tensor() as logits, int() as k):
+                    return Found(logits, k)
+                case "least_kept", (torch.Tensor() as logits, *_):
+                    return logits.new_zeros(len(logits))
+                case "draw", (torch.Tensor() as logits, *_):
+                    return logits.new_zeros(len(logits)), logits.new_zeros(len(logits), dtype=torch.int32)
             return None
 
         return launch
@@ -261,30 +364,34 @@ def stand_ins(watched: Watched) -> Operations:
 
 
 def watched_step(on_gpu: CudaDecoder, run: Callable[[], object], patch: pytest.MonkeyPatch) -> tuple[list[str], int]:
-    """What a graph would hold of the step that `run` makes, and how many copies fill its buffers."""
-    watched, uploads = Watched(), []
+    """What a graph would hold of the step that `run` makes, and how many copies there are beside it."""
+    watched, copies = Watched(), []
     real_run, real_copy = decoder_module._Step._run, torch.Tensor.copy_
 
     def copy(to: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        uploads.append(to.shape)
+        copies.append(to.shape)
         return real_copy(to, *args, **kwargs)  # type: ignore[arg-type]
 
-    def run_watched(step: object) -> torch.Tensor:
+    def run_watched(step: object, choosing: object) -> torch.Tensor:
         with watched, pytest.MonkeyPatch.context() as inner:
             inner.delattr(torch, "from_numpy")
-            return real_run(step)  # type: ignore[arg-type]
+            return real_run(step, choosing)  # type: ignore[arg-type]
 
     patch.setattr(torch.Tensor, "copy_", copy)
     patch.setattr(decoder_module._Step, "_run", run_watched)
     on_gpu.operations = stand_ins(watched)
     run()
     on_gpu.operations = EAGER
-    return watched.seen, len(uploads)
+    for step in on_gpu._steps.values():
+        step._runs.clear()  # they are made of what was watched
+    return watched.seen, len(copies)
 
 
+@pytest.mark.parametrize("draws", [False, True], ids=["greedy", "draws"])
 @pytest.mark.parametrize("policy", ["full", "sink", "sep"])
-def test_a_step_of_any_sequences_is_one_upload_and_the_same_launches(tiny_model, policy, monkeypatch) -> None:
-    """Of 1, 3 and 64 sequences, however long: nothing in what a graph holds differs, or waits, or reads host memory."""
+def test_a_step_of_any_sequences_is_one_upload_one_launch_and_one_download(tiny_model, policy, draws) -> None:
+    """Of 1, 3 and 64 sequences, however long: nothing in what a graph holds differs, or waits, or reads host memory,
+    from the embedding to the chosen tokens."""
     on_gpu = CudaDecoder(torch_decoder(tiny_model, torch.float32), min_rows=64)
     groups = layer_groups(Config.from_dict({"cache": POLICIES[policy]}).cache, 3, 512)
     runner = Runner(on_gpu)
@@ -298,16 +405,26 @@ def test_a_step_of_any_sequences_is_one_upload_and_the_same_launches(tiny_model,
         per_slot = 64 // count
         rows = [slot for slot in slots for _ in range(per_slot)]
         parents = [row - 1 if row % per_slot else -1 for row in range(len(rows))]
-        with monkeypatch.context() as patch:
-            run = partial(runner.rows, some_tokens(len(rows)), parents, rows)
+        sampled = None
+        if draws:
+            index = np.sort(rng.choice(len(rows), count, replace=False))
+            lines = np.zeros((count, len(Seq)), np.int32)
+            lines[:, (Seq.TEMPERATURE, Seq.TOP_P)] = np.float32(0.5).view(np.int32)
+            sampled = Sampled(index, np.zeros((count, len(Row)), np.int32), lines)
+        batch = runner.batch(some_tokens(len(rows)), parents, rows)
+        wanted = np.arange(0, len(rows), dtype=np.int64)
+        with pytest.MonkeyPatch.context() as patch:
+            run = partial(on_gpu.step, batch, runner.caches, wanted, 8, sampled)
             steps.append(watched_step(on_gpu, run, patch))
     assert on_gpu.row_counts == [64]
     assert steps[0] == steps[1] == steps[2]
-    operations, num_uploads = steps[0]
-    assert num_uploads == 1
-    assert sum(line.startswith("launch") for line in operations) == len(runner.caches) + 1 + 3 * 5
+    operations, num_copies = steps[0]
+    assert num_copies == 2, f"{num_copies}: one there, one back"
+    num_launches = len(runner.caches) + 1 + 3 * 5 + 2 + 2 * draws
+    assert sum(line.startswith("launch") for line in operations) == num_launches
     names = " ".join(operations)
-    assert not [word for word in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh") if word in names]
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "_to_copy.default(cpu")
+    assert not [word for word in waits if word in names]
 
 
 def test_row_counts_are_powers_of_two_from_min_rows_on(decoder) -> None:
@@ -334,8 +451,53 @@ def test_sequences_share_the_pages_there_are(decoder) -> None:
     assert difference(runner.rows([3, 4], slots=[5, 5]), expected.rows([3, 4])) < 1e-10
 
 
-def test_kernels_are_chosen_where_they_can_run(decoder) -> None:
-    assert cuda_decoder(decoder) is None
+def test_kernels_are_chosen_where_they_can_run(decoder, monkeypatch) -> None:
+    monkeypatch.setattr(choice, "is_interpreted", lambda: False)
     assert "cpu" in (cuda_obstacle(decoder.spec, torch.bfloat16, CPU) or "")
+    assert decoder_for_gpu(Config(), decoder) is decoder
+    with pytest.raises(ConfigError, match="model.kernels = 'triton': the device is cpu"):
+        decoder_for_gpu(Config.from_dict({"model": {"kernels": "triton"}}), decoder)
+    monkeypatch.setattr(choice, "is_interpreted", lambda: True)
+    monkeypatch.setattr(choice, "HAS_TRITON", True)
     wide = replace(decoder.spec, head_dim=512)
-    assert cuda_obstacle(wide, torch.bfloat16, torch.device("cuda")) is not None
+    assert "512" in (cuda_obstacle(wide, torch.bfloat16, CPU) or "")
+    assert "float64" in (cuda_obstacle(decoder.spec, torch.float64, CPU) or "")
+
+
+def test_deterministic_steps_have_one_shape(tiny_model, monkeypatch) -> None:
+    """As on a GPU, whose products depend on the number of rows; what is not so is refused."""
+    plain = torch_decoder(tiny_model, torch.float32)
+    monkeypatch.setattr(choice, "is_interpreted", lambda: True)
+    monkeypatch.setattr(choice, "HAS_TRITON", True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    settings = {"model": {"kernels": "triton", "deterministic": True}, "scheduler": {"max_rows": 64}}
+    found = decoder_for_gpu(Config.from_dict(settings), plain)
+    assert isinstance(found, CudaDecoder) and found.min_rows == 64
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "same_at_any_place", lambda product, rows: len(rows) != 64)
+        with pytest.raises(ConfigError, match="model.deterministic = True: here a product of 64 rows"):
+            decoder_for_gpu(Config.from_dict(settings), plain)
+    with pytest.raises(ConfigError, match="scheduler.max_rows = 512: .*at most 64"):
+        decoder_for_gpu(Config.from_dict(settings | {"scheduler": {}}), plain)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(ConfigError, match="CUBLAS_WORKSPACE_CONFIG"):
+        decoder_for_gpu(Config.from_dict(settings), plain)
+    monkeypatch.setattr(choice, "is_interpreted", lambda: False)
+    with pytest.raises(ConfigError, match="model.deterministic"):
+        decoder_for_gpu(Config.from_dict({"model": {"deterministic": True}}), plain)
+
+
+def test_products_that_depend_on_a_rows_place_are_noticed() -> None:
+    rows = torch.randn(16, 8)
+    assert same_at_any_place(lambda x: x * 2, rows)
+    assert not same_at_any_place(lambda x: x + torch.arange(len(x))[:, None] // 9, rows)
+    assert not same_at_any_place(lambda x: x + x[-1:] * 1e-3, rows)
+
+
+def test_memory_for_less_than_one_sequence_is_refused() -> None:
+    assert shared_pages([40, 8], [5, 2], 2.0, 1000) == [40, 8]
+    assert shared_pages([40, 8], [5, 2], 0.5, 1000) == [20, 4]
+    with pytest.raises(ConfigError, match="cache.capacity = 1000: .*4 pages of 256 tokens, and one sequence takes 5"):
+        shared_pages([40, 80], [5, 2], 0.1, 1000)
