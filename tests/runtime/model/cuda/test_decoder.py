@@ -239,8 +239,7 @@ def engine_on(decoder: Decoder | CudaDecoder, settings: dict) -> Engine:
 @pytest.mark.slow
 @needs_interpreter
 def test_an_engine_on_kernels_gives_the_same_tokens(tmp_path, monkeypatch) -> None:
-    """Kernels from the embedding to the drawn token, chosen by the config; greedy, filtered and not, alone and in
-    company."""
+    """Kernels from the embedding to the drawn token, chosen by the config; two requests, greedy and drawn."""
     monkeypatch.setattr(attention, "WANTED_PIECES", 1)
     small = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 16, "num_hidden_layers": 1}
     save_tiny_model(tmp_path, vocab_size=16, seed=1, **small)
