@@ -10,6 +10,7 @@ Whatever decides what is kept is a Retention, the same one as on every rank.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -118,13 +119,13 @@ class PagedKVCache:
     def num_free_pages(self) -> int:
         return len(self._free) + len(self._returned)
 
-    @property
+    @functools.cached_property
     def window(self) -> int | None:
         """Of a policy that slides: a row at p sees positions from p - window + 1 on, and anchors."""
         retained = self.retained[0]
         return retained.window if isinstance(retained, Sliding) else None
 
-    @property
+    @functools.cached_property
     def has_anchors(self) -> bool:
         """Whether a row may see tokens outside the window."""
         retained = self.retained[0]
@@ -132,7 +133,7 @@ class PagedKVCache:
             return retained.num_initial + retained.max_separators > 0
         return self.window is not None and (retained.num_initial > 0 or len(retained.separators) > 0)
 
-    @property
+    @functools.cached_property
     def has_slots(self) -> bool:
         """Whether anchors' distances are those of the cache."""
         return self.retained[0].slot
@@ -153,8 +154,9 @@ class PagedKVCache:
         count = len(positions)
         assert first_row + count <= self.max_staged, f"row {first_row + count} of a step, room for {self.max_staged}"
         places = np.arange(first_row, first_row + count)
-        self._grow(self.runs[slot], int(positions[in_place].max()) + 1)
-        places[in_place] = self.runs[slot].places(positions[in_place])
+        rows = positions[in_place]
+        self._grow(self.runs[slot], int(rows.max()) + 1)
+        places[in_place] = self.runs[slot].places(rows)
         anchor_places = np.full(count, -1)
         if self.window is not None and self.has_anchors:
             chosen = in_place & self.retained[slot].may_anchor(positions, tokens)

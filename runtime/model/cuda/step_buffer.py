@@ -109,12 +109,13 @@ class StepBuffer:
     def _load_segment(self, segment: Segment, caches: Sequence[PagedKVCache], lists: _Lists, num_tiles: int) -> int:
         rows, positions = slice(segment.start, segment.stop), segment.positions
         in_place, diverged, path_start, path = paths(segment)
-        may_anchor = np.zeros(len(positions), np.bool_)
-        for cache in caches:
-            may_anchor |= cache.retained[segment.slot].may_anchor(positions, segment.tokens)
-        flagged = segment.start + path + np.where(may_anchor[path], ANCHOR_BIT, 0)
+        if len(path):
+            may_anchor = np.zeros(len(positions), np.bool_)
+            for cache in caches:
+                may_anchor |= cache.retained[segment.slot].may_anchor(positions, segment.tokens)
+            path = segment.start + path + np.where(may_anchor[path], ANCHOR_BIT, 0)
         dense_stop = np.minimum(np.maximum(positions - DEPTH, 0), diverged) // CHUNK * CHUNK
-        self._fixed[3:6, rows] = dense_stop, diverged, lists.add(flagged) + path_start
+        self._fixed[3:6, rows] = dense_stop, diverged, lists.add(path) + path_start
         for index, cache in enumerate(caches):
             per_cache = self._fixed[FIRST_CACHE_ARRAY + NUM_CACHE_ARRAYS * index :][:NUM_CACHE_ARRAYS, rows]
             self._load_cache(per_cache, cache, segment, in_place, diverged, lists)
@@ -136,16 +137,17 @@ class StepBuffer:
         """`arrays` [NUM_CACHE_ARRAYS, t] in the order of CacheArrays."""
         slot, positions, retained = segment.slot, segment.positions, cache.retained[segment.slot]
         staged = cache.stage(slot, segment.tokens, positions, in_place, segment.start)
-        known = cache.anchor_positions[slot]
-        first, last = np.zeros(len(positions), np.int64), np.full(len(positions), len(known))
-        if cache.window is not None:
-            known = np.concatenate([known, positions[staged.anchor_places >= 0]])
-            last = np.searchsorted(known, np.minimum(positions - cache.window, diverged - 1), side="right")
-        if self.window is not None and not cache.has_slots:
-            first = np.searchsorted(known, positions - self.window, side="right")
         arrays[0], arrays[1] = staged.places, staged.anchor_places
-        arrays[2], arrays[3] = _table(lists, cache.runs[slot]), _table(lists, cache.anchors[slot])
-        arrays[4], arrays[5], arrays[6] = cache.lowest(slot, positions), first, last
+        arrays[2] = _table(lists, cache.runs[slot])
+        if cache.has_anchors:
+            known = cache.anchor_positions[slot]
+            arrays[3], arrays[6] = _table(lists, cache.anchors[slot]), len(known)
+            if cache.window is not None:
+                known = np.concatenate([known, positions[staged.anchor_places >= 0]])
+                arrays[6] = np.searchsorted(known, np.minimum(positions - cache.window, diverged - 1), side="right")
+            if self.window is not None and not cache.has_slots:
+                arrays[5] = np.searchsorted(known, positions - self.window, side="right")
+        arrays[4] = cache.lowest(slot, positions)
         arrays[7] = retained.slots(positions) if cache.has_slots else positions
 
 
@@ -172,11 +174,11 @@ def paths(segment: Segment) -> tuple[NDArray[np.bool_], Ints, Ints, Ints]:
     Returns `in_place` [t]; `diverged` [t], as RowArrays has it; and for each row the start [t] in a list of rows of the
     segment, [P], of those on its path that are not in place.
     """
-    positions, ancestors = segment.positions, segment.ancestors
-    depths = np.diff(positions)
-    if (depths == 1).all():  # a chain: a prompt's chunk, or a single row
+    positions = segment.positions
+    if len(positions) == 1 or (np.diff(positions) == 1).all():  # a chain: a prompt's chunk, or a single row
         none = np.zeros(len(positions), np.int64)
         return np.ones(len(positions), np.bool_), positions + 1, none, none[:0]
+    ancestors = segment.ancestors
     is_first = np.zeros(len(positions), np.bool_)
     is_first[np.unique(positions, return_index=True)[1]] = True
     in_place: NDArray[np.bool_] = np.logical_not(np.any(ancestors & ~is_first, axis=1))
