@@ -54,7 +54,7 @@ def train(config: TrainingConfig, resume: bool = False) -> Trained:
     folder = directory_of(config)
     is_first = is_first_process()
     if is_first:
-        _prepare(config, folder, resume)
+        _check_folder(config, folder, resume)
     texts = list(read_documents(config.data.files, config.data.text_field))
     if not texts:
         raise ConfigError("data.files", list(config.data.files), "there is no text in them", "Name others.")
@@ -72,6 +72,9 @@ def train(config: TrainingConfig, resume: bool = False) -> Trained:
     if is_first:
         tell(announcement)
     trainer = _trainer(config, trainee, policy, training, validation, folder)
+    if is_first and not resume:  # what is refused leaves nothing behind
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DESCRIPTION).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
     newest = get_last_checkpoint(str(folder / "checkpoints")) if resume else None
     trainer.train(resume_from_checkpoint=newest)
     validation_loss = _validated(trainer) if len(validation) else None
@@ -110,16 +113,14 @@ def _need(package: str) -> None:
         raise ConfigError("train", package, "is not installed", remedy)
 
 
-def _prepare(config: TrainingConfig, folder: Path, resume: bool) -> None:
-    """Make the folder, or see that it is of this run. Raises ConfigError."""
+def _check_folder(config: TrainingConfig, folder: Path, resume: bool) -> None:
+    """See that the folder is empty or, to resume, of this run. Raises ConfigError."""
     description = folder / DESCRIPTION
     settings = config.model_dump(mode="json")
     if not resume:
         if folder.exists() and any(folder.iterdir()):
             remedy = "Name another, remove it, or go on with what is there (--resume)."
             raise ConfigError("output.directory", str(folder), "is not empty", remedy)
-        folder.mkdir(parents=True, exist_ok=True)
-        description.write_text(json.dumps(settings, indent=2) + "\n")
         return
     if not description.exists():
         problem = f"has no {DESCRIPTION}, so there is no run to go on with"

@@ -216,6 +216,7 @@ def test_what_cannot_be_trained_is_refused_by_field(tmp_path, overrides, field) 
     with pytest.raises(ConfigError) as error:
         run(tmp_path, **overrides)
     assert error.value.field == field and error.value.remedy
+    assert not (tmp_path / "run").exists()  # the next try finds nothing in its way
 
 
 def test_a_loss_that_is_none_ends_the_run(tmp_path) -> None:
