@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -59,6 +59,7 @@ class Section(BaseModel, metaclass=_Refusing):
         """Python counts True as 1; who writes it means something else."""
         kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
         members = value if isinstance(value, list | tuple) else (value,)
+        members = (*value, *value.values()) if isinstance(value, Mapping) else members
         if kinds & {int, float} and bool not in kinds and any(isinstance(member, bool) for member in members):
             raise PydanticCustomError("number_type", "input should be a number, neither true nor false")
         return value
@@ -343,6 +344,10 @@ class SchedulerConfig(Section):
         return self.max_sessions or max(1, self.max_sequences - 1)
 
 
+MOST_BARRED = 512
+"""Stop tokens of a request that `min_new_tokens` can keep from being chosen."""
+
+
 class SamplingParams(Section):
     """How one request's tokens are chosen and when it ends."""
 
@@ -350,12 +355,25 @@ class SamplingParams(Section):
 
     max_new_tokens: int = Field(default=128, ge=1)
     """Most tokens to generate."""
+    min_new_tokens: int = Field(default=0, ge=0)
+    """Before so many tokens no end token of the model and no stop token is chosen."""
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
     """0 is greedy."""
     top_k: int = Field(default=0, ge=0)
     """Sample among the k likeliest tokens; 0 is off."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Sample among the likeliest tokens that together reach this probability."""
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Sample among the tokens that are at least this many times as likely as the likeliest; 0 is off. It comes before
+    top_k and top_p, as in vLLM."""
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    """Logits of tokens that prompt or answer has are divided by it where positive, else multiplied; 1 is off."""
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    """Taken from the logits of tokens that the answer has."""
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    """Taken from the logits of tokens that the answer has, once for each time."""
+    logit_bias: dict[int, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(default_factory=dict, max_length=1024)
+    """Added to the logits of these token ids, before penalties."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """With the position, the only source of randomness: the same seed gives the same tokens."""
     stop_token_ids: tuple[int, ...] = ()
@@ -363,6 +381,24 @@ class SamplingParams(Section):
     the answer's token ids, but not part of its text."""
     ignore_eos: bool = False
     """Go on past the model's own end tokens."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens: is more than max_new_tokens, {self.max_new_tokens}; lower it, or raise the other"
+            )
+        if self.min_new_tokens and len(self.stop_token_ids) > MOST_BARRED:
+            raise ValueError(
+                f"stop_token_ids: are more than min_new_tokens can keep back, {MOST_BARRED}; "
+                "name fewer, or set min_new_tokens to 0"
+            )
+        return self
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether what the text has had counts."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 class ServerConfig(Section):

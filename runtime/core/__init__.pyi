@@ -56,6 +56,24 @@ class SequenceRows:
     def add_chain(self, tokens: Sequence[int], reaches_end: bool) -> None:
         """The tokens that are not cached yet; with `reaches_end` the last one is the current token."""
 
+class History:
+    """What one sequence's text holds of each token (history.h), by which penalties are counted."""
+
+    def __init__(self) -> None: ...
+    @property
+    def length(self) -> int:
+        """Tokens that are committed."""
+
+    def begin(self, output_start: int) -> None:
+        """An answer begins at this position; what stands before is its prompt."""
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        """The next tokens of the text."""
+
+    def at(self, rows: Int32, row: int) -> tuple[Int32, Int32]:
+        """Each token of the text that ends in this row of a plan, and how often the answer has it; 0: the prompt alone
+        has it. [n], [n]"""
+
 class Acceptance:
     """Weights of all features (acceptance.h); several sequences may learn the same ones."""
 

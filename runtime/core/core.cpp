@@ -17,6 +17,7 @@
 #include <pybind11/trampoline_self_life_support.h>
 
 #include "acceptance.h"
+#include "history.h"
 #include "keys.h"
 #include "partition.h"
 #include "plan.h"
@@ -379,6 +380,22 @@ void bind_plan(py::module_& module) {
         });
 }
 
+void bind_history(py::module_& module) {
+    py::classh<History>(module, "History")
+        .def(py::init<>())
+        .def_property_readonly("length", &History::length)
+        .def("begin", &History::begin, py::arg("output_start"))
+        .def("commit", [](History& history, const Tokens& tokens) { history.commit(tokens); }, py::arg("tokens"))
+        .def(
+            "at",
+            [](History& history, const Int32s& rows, int row) {
+                if (row < 0 || row >= rows.shape(0)) throw std::out_of_range("no such row");
+                const auto found = history.at(span_of(rows), row);
+                return std::pair(copied(found.tokens), copied(found.counts));
+            },
+            py::arg("rows"), py::arg("row"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
@@ -403,6 +420,7 @@ PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
         .def("add", &Rows::add, py::arg("token"), py::arg("parent"), py::arg("choose"))
         .def("add_chain", &Rows::add_chain, py::arg("tokens"), py::arg("reaches_end"));
     bind_plan(module);
+    bind_history(module);
 
     py::classh<Acceptance>(module, "Acceptance")
         .def(py::init<std::vector<double>>(), py::arg("priors"))

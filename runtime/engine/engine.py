@@ -238,7 +238,12 @@ class Engine:
             raise InvalidRequestError("prompt", "", "is empty", "Send at least one token.")
         if self.config.cache.policy == "full" and len(ids) > self.capacity:
             raise self._too_long(len(ids))  # before its tokens are looked at, which may be millions
-        for field_name, values in (("token_ids", ids), ("sampling.stop_token_ids", request.sampling.stop_token_ids)):
+        named = (
+            ("token_ids", ids),
+            ("sampling.stop_token_ids", request.sampling.stop_token_ids),
+            ("sampling.logit_bias", tuple(request.sampling.logit_bias)),
+        )
+        for field_name, values in named:
             if set(map(type, values)) == {int} and min(values) >= 0 and max(values) < self.spec.vocab_size:
                 continue  # none is to blame
             for token in values:

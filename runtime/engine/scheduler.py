@@ -16,7 +16,7 @@ from runtime.lookahead.sequence import Sequence, StepRows
 from runtime.model.spec import ModelSpec
 from runtime.request import Request, Usage
 from runtime.retention import Ledger, layer_groups
-from runtime.step import Int32, Seq, StepPlan
+from runtime.step import FOREVER, Bias, Int32, Seq, StepPlan
 from runtime.tuning.cost import RunningCost, assumed
 
 TOP_K = 8
@@ -203,6 +203,9 @@ class Scheduler:
         sequences = [part.sequence for part in parts]
         rows = core.assemble([(part.rows, part.sequence.slot) for part in parts], num_replicas)
         plan = StepPlan(rows, self._parameters(sequences))
+        beginning = [biases_of(sequence, self.spec.eos_token_ids) for sequence in sequences if sequence.num_coming]
+        if any(map(len, beginning)):
+            plan.biases = np.concatenate(beginning)
         if self._commits:
             commits = [self._commits[slot] for slot in sorted(self._commits)]
             plan.commits = np.concatenate(commits) if len(commits) > 1 else commits[0]
@@ -242,9 +245,30 @@ def _line(sequence: Sequence) -> Int32:
     sampling = sequence.request.sampling
     line = np.zeros(len(Seq), np.int32)
     line[Seq.SLOT], line[Seq.ROPE_LENGTH] = sequence.slot, sequence.rope_length
-    line[Seq.TEMPERATURE] = np.float32(sampling.temperature).view(np.int32)
     line[Seq.TOP_K] = min(sampling.top_k, 2**31 - 1)
-    line[Seq.TOP_P] = np.float32(sampling.top_p).view(np.int32)
     line[Seq.SEED_LOW] = sampling.seed & 0x7FFFFFFF
     line[Seq.SEED_HIGH] = np.uint32(sampling.seed >> 31).view(np.int32)
+    reals = {
+        Seq.TEMPERATURE: sampling.temperature,
+        Seq.TOP_P: sampling.top_p,
+        Seq.MIN_P: sampling.min_p,
+        Seq.REPETITION: sampling.repetition_penalty,
+        Seq.PRESENCE: sampling.presence_penalty,
+        Seq.FREQUENCY: sampling.frequency_penalty,
+    }
+    for column, value in reals.items():
+        line[column] = np.float32(value).view(np.int32)
+    line[Seq.OUTPUT_START] = min(sequence.output_start, FOREVER)
+    line[Seq.IS_CONTROLLED] = sampling.has_penalties or bool(sampling.logit_bias) or sampling.min_new_tokens > 0
     return line
+
+
+def biases_of(sequence: Sequence, eos_token_ids: Collection[int]) -> Int32:
+    """Of StepPlan.biases, what a turn that begins brings."""
+    sampling, slot = sequence.request.sampling, sequence.slot
+    lines = [(slot, token, np.float32(bias).view(np.int32), FOREVER) for token, bias in sampling.logit_bias.items()]
+    if sampling.min_new_tokens:
+        ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)}
+        until = min(sequence.output_start + sampling.min_new_tokens, FOREVER)
+        lines += [(slot, token, np.float32(-np.inf).view(np.int32), until) for token in sorted(ends)]
+    return np.array(lines, np.int32).reshape(-1, len(Bias))

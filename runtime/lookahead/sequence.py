@@ -62,6 +62,8 @@ class Sequence:
         """Tokens the turn may add, to be told to the workers with its first step; 0 afterwards."""
         self.ledger.begin_turn(self.num_coming)
         self.text += request.prompt_ids
+        self.output_start = self._num_forgotten + len(self.text)
+        """Position of the answer's first token."""
         num_new = len(request.prompt_ids)
         if renewed:
             lookahead = request.lookahead

@@ -25,10 +25,10 @@ from runtime.model.cuda.graphs import GraphedDecoder
 from runtime.model.decoder import Decoder
 from runtime.model.loader import load_decoder, resolve_model
 from runtime.model.native import NativeDecoder
-from runtime.model.sampler import Sampled
 from runtime.model.spec import ModelSpec
 from runtime.retention import layer_groups
 from runtime.step import Int32, StepPlan, WireLayout
+from runtime.workers.controls import Controls
 
 AnyDecoder = Decoder | NativeDecoder | GraphedDecoder
 DecoderMaker = Callable[[Config, ModelSpec, Mesh], Any]
@@ -49,6 +49,7 @@ class Worker:
         groups = layer_groups(config.cache, spec.num_layers, spec.max_positions)
         scheduler = config.scheduler
         self.caches = self.decoder.make_caches(groups, scheduler.max_sequences, max_staged=scheduler.max_rows)
+        self.controls = Controls()
         self._last = self._share(StepPlan.empty())
         self._unclean: set[int] = set()  # slots in whose rows the last step had NaN or infinities
 
@@ -59,18 +60,20 @@ class Worker:
         """Commit, run this replica's rows, and return per row the token it chose (-1: none, NOT_A_NUMBER: it has none)
         and, packed, the likeliest ones. [T local, 1 + top_k]"""
         if not plan.num_rows:
-            return np.zeros((0, 1 + plan.top_k), np.int32)  # a heartbeat: what is staged stays staged
+            return np.zeros((0, plan.result_width), np.int32)  # a heartbeat: what is staged stays staged
         self._commit(plan)
         self._last = share = self._share(plan)
         for slot, num_coming in share.turns:
             for cache in self.caches:
                 cache.begin_turn(slot, num_coming)
+        if share.turns:
+            self.controls.begin_turns(plan)
         if not share.num_rows:
-            return np.zeros((0, 1 + plan.top_k), np.int32)
+            return np.zeros((0, plan.result_width), np.int32)
         hidden = self.decoder.forward(RowBatch.of(share, self.mesh.device), self.caches)
-        results = np.zeros((0, 1 + plan.top_k), np.int32)
+        results = np.zeros((0, plan.result_width), np.int32)
         if len(wanted := share.wanted):
-            results = self.decoder.choose(hidden, wanted, plan.top_k, _sampled(plan, share))
+            results = self.decoder.choose(hidden, wanted, plan.top_k, self.controls.sampled(plan, share))
         chosen, without = share.spread(results)
         self._unclean.update(without)
         return chosen
@@ -78,6 +81,7 @@ class Worker:
     def _commit(self, plan: StepPlan) -> None:
         """Move accepted rows of the last step into the caches; LP peers copy them from the replica that ran them."""
         for slot, source, staged, accepted in self._last.commits(plan.commits):
+            self.controls.commit(slot, accepted)
             for cache in self.caches:
                 if source < 0 or self.mesh.lp == 1:
                     cache.commit(slot, staged, accepted)
@@ -92,16 +96,9 @@ class Worker:
                 cache.clean(slot)
         self._unclean.clear()
         for slot in plan.resets.tolist():
+            self.controls.reset(slot)
             for cache in self.caches:
                 cache.reset(slot)
-
-
-def _sampled(plan: StepPlan, share: Share) -> Sampled | None:
-    """Which of the wanted rows choose by chance."""
-    if not len(index := share.sampled):
-        return None
-    rows = plan.rows[share.local[share.wanted[index]]]
-    return Sampled(index, rows, plan.sequences[share.sequence_of[index]])
 
 
 def decoder_of(config: Config, spec: ModelSpec, mesh: Mesh) -> AnyDecoder:

@@ -17,6 +17,7 @@ from runtime.model.attention import RowBatch, Segment
 from runtime.model.kv_cache import CacheMaker, KVCache
 from runtime.model.layers import LayerWeights, VocabParallelEmbedding
 from runtime.model.native.build import available, library
+from runtime.model.native.drawing import draw
 from runtime.model.rotary import Rotary
 from runtime.model.sampler import Logits, Sampled, TokenChooser
 from runtime.model.shard import HeadShard
@@ -199,6 +200,12 @@ class NativeDecoder(CacheMaker, TokenChooser):
         given = len(wanted), hidden.data_ptr(), hidden.stride(0), wanted.ctypes.data, top_k, results.ctypes.data
         self._kernels.outrider_choose(self._model_address, *given, self._num_threads(len(wanted)))
         return results
+
+    def draw(
+        self, logits: torch.Tensor, sampled: Sampled, mesh: Mesh, vocab_range: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As TokenChooser.draw."""
+        return draw(self._kernels, logits, sampled, mesh, vocab_range, torch.get_num_threads())
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,81 @@
+"""The controls of what is generated, over gRPC and at the command line: what arrives is what the engine gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import commands as cli
+from cluster.client.client import Client
+from cluster.wire.statuses import CallError
+from runtime.config import Config
+from runtime.engine.engine import Engine
+from tests.cluster.serving.serving import serving
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+
+PROMPT = "abc abc abc abc"
+CONTROLS = {
+    "max_new_tokens": 20,
+    "temperature": 0.9,
+    "seed": 4,
+    "min_p": 0.01,
+    "repetition_penalty": 1.2,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.25,
+    "logit_bias": {97: 2.0, 98: -5.5},
+    "min_new_tokens": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Iterator[Engine]:
+    settings = [f"model.path={tiny_model}", "server.port=0", "scheduler.max_sequences=3", "model.device=cpu"]
+    with Engine.from_config(Config.load(None, settings)) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def client(engine: Engine) -> Iterator[Client]:
+    with serving(engine) as server, Client(server.address) as client:
+        yield client
+
+
+def test_controls_mean_the_same_at_every_door(client: Client, engine: Engine, tmp_path: Path, capsys) -> None:
+    expected = engine.generate([PROMPT], CONTROLS)[0].token_ids
+    assert expected != engine.generate([PROMPT], {"max_new_tokens": 20, "temperature": 0.9, "seed": 4})[0].token_ids
+    assert client.complete(PROMPT, sampling=CONTROLS).token_ids == expected
+    with client.converse() as conversation:
+        assert tuple(t for chunk in conversation.ask(PROMPT, sampling=CONTROLS) for t in chunk.token_ids) == expected
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in CONTROLS.items() if name != "logit_bias"]
+    options += [f"--logit-bias={token}:{bias}" for token, bias in CONTROLS["logit_bias"].items()]
+    with pytest.raises(SystemExit):
+        cli.main(["generate", PROMPT, "--raw", "--json", f"--address={client.address}", *options])
+    assert tuple(json.loads(capsys.readouterr().out)["token_ids"]) == expected
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": 1, "prompt": PROMPT, **CONTROLS}) + "\n")
+    with pytest.raises(SystemExit):
+        cli.main(["batch", f"{tmp_path}/in.jsonl", f"{tmp_path}/out.jsonl", f"--address={client.address}"])
+    assert tuple(json.loads((tmp_path / "out.jsonl").read_text())["token_ids"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("sampling", "said"),
+    [
+        ({"min_p": 2.0}, "sampling.min_p"),
+        ({"logit_bias": {1: 1000.0}}, "sampling.logit_bias"),
+        ({"logit_bias": {100_000: 1.0}}, "sampling.logit_bias"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "sampling.min_new_tokens"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(client: Client, sampling: dict, said: str) -> None:
+    with pytest.raises(CallError, match=said):
+        client.complete(PROMPT, sampling=sampling)
+
+
+def test_a_bias_at_the_command_line_is_an_id_and_a_number(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "x", "--logit-bias=5"])
+    assert "--logit-bias = '5': is not ID:BIAS" in capsys.readouterr().err
