@@ -348,6 +348,9 @@ MOST_BARRED = 512
 """Stop tokens of a request that `min_new_tokens` can keep from being chosen."""
 
 
+MOST_STOP_CHARACTERS = 1024
+
+
 class SamplingParams(Section):
     """How one request's tokens are chosen and when it ends."""
 
@@ -381,6 +384,16 @@ class SamplingParams(Section):
     the answer's token ids, but not part of its text."""
     ignore_eos: bool = False
     """Go on past the model's own end tokens."""
+    stop: tuple[str, ...] = Field(default=(), max_length=64)
+    """Texts that end the answer, wherever in it they are complete first, across tokens too. They are looked for behind
+    its first min_new_tokens tokens."""
+    include_stop: bool = False
+    """The answer's text ends behind the text that ended it; false: before it."""
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    """Give each token's log-probability and those of so many of the likeliest tokens, 0: its own alone. They are the
+    model's own, before all that is set here. null: none."""
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+    """The same of the prompt's tokens, each given those before it."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -393,7 +406,17 @@ class SamplingParams(Section):
                 f"stop_token_ids: are more than min_new_tokens can keep back, {MOST_BARRED}; "
                 "name fewer, or set min_new_tokens to 0"
             )
+        if any(not 1 <= len(text) <= MOST_STOP_CHARACTERS for text in self.stop):
+            raise ValueError(f"stop: a text has 1 to {MOST_STOP_CHARACTERS} characters; shorten it, or leave it out")
+        if self.include_stop and not self.stop:
+            raise ValueError("include_stop: there is no stop text to include; name one in stop, or leave this out")
         return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """The most that rows are to give."""
+        asked = [count for count in (self.logprobs, self.prompt_logprobs) if count is not None]
+        return max(asked, default=None)
 
     @property
     def has_penalties(self) -> bool:

@@ -16,7 +16,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 class FinishReason(StrEnum):
     STOP = "stop"
-    """An end token of the model or a stop token of the request."""
+    """An end token of the model, or a stop token or stop text of the request."""
     LENGTH = "length"
     """max_new_tokens reached, or the cache slot is full."""
     CANCELLED = "cancelled"
@@ -74,6 +74,15 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """How likely a token was to the model, before any sampling parameter; natural logarithms."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """Ids and log-probabilities of the likeliest tokens, likeliest first."""
+
+
+@dataclass(frozen=True)
 class StepOutput:
     """The tokens one step gave one request. The last of a request has a finish reason."""
 
@@ -85,6 +94,12 @@ class StepOutput:
     finish_reason: FinishReason | None = None
     failure: Exception | None = None
     """What happened, where the finish reason is ERROR: NumericsError, WorkerError, or a defect."""
+    is_stopped: bool = False
+    """The finish reason is STOP because the last token's text completed a stop string."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the tokens, where the request wants them."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """With a request's first output, where it wants them: of the prompt's tokens; None where none stands before."""
 
     @property
     def error(self) -> str | None:
@@ -96,7 +111,8 @@ class StepOutput:
     @property
     def text_ids(self) -> tuple[int, ...]:
         """The tokens that become text: all but the stop token."""
-        return self.token_ids[:-1] if self.finish_reason is FinishReason.STOP else self.token_ids
+        ends = self.finish_reason is FinishReason.STOP and not self.is_stopped
+        return self.token_ids[:-1] if ends else self.token_ids
 
 
 @dataclass(frozen=True)
@@ -133,3 +149,6 @@ class Completion:
     """Tokens each step emitted, in order; they sum to len(token_ids)."""
     error: str | None = None
     """What happened, where the finish reason is ERROR; `token_ids` are those before it."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """As StepOutput has them."""

@@ -148,14 +148,14 @@ class _Answer(Iterator[Chunk]):
     """The chunks of a request that an engine loop runs."""
 
     def __init__(self, engine: Engine, loop: EngineLoop, request: Request, session: Session | None = None) -> None:
-        from runtime.tokenizer import Detokenizer
+        from runtime.stops import AnswerText
 
         self.ended = False
         """Whether the last chunk has been read, or an error has come in its place."""
         self.request_id = request.request_id
         self._capacity = engine.capacity
         self._session = session
-        self._detokenizer = Detokenizer(engine.tokenizer, request.prompt_ids)
+        self._text = AnswerText(engine.tokenizer, request.prompt_ids, request.sampling)
         self._outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
         loop.submit(request, self._outputs.put)
 
@@ -172,11 +172,13 @@ class _Answer(Iterator[Chunk]):
                 raise cache_is_full(self._capacity)
         return Chunk(
             request_id=output.request_id,
-            text=self._detokenizer.push(output.text_ids) + (self._detokenizer.flush() if self.ended else ""),
+            text=self._text.push(output),
             token_ids=output.token_ids,
             num_accepted=num_accepted(output),
             finish_reason=output.finish_reason,
             usage=output.usage if self.ended else None,
+            logprobs=output.logprobs,
+            prompt_logprobs=output.prompt_logprobs,
         )
 
 

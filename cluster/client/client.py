@@ -125,6 +125,8 @@ class Client:
             finish_reason=last.finish_reason,
             usage=last.usage,
             run_lengths=tuple(len(chunk.token_ids) for chunk in chunks if chunk.token_ids),
+            logprobs=tuple(one for chunk in chunks for one in chunk.logprobs),
+            prompt_logprobs=tuple(one for chunk in chunks for one in chunk.prompt_logprobs),
         )
 
     def server_info(self, timeout_s: float = 10.0) -> pb.GetServerInfoResponse:

@@ -12,7 +12,8 @@ import grpc
 from cluster.wire.statuses import status_of
 from runtime.engine.loop import EngineLoop
 from runtime.request import FinishReason, Request, StepOutput
-from runtime.tokenizer import Detokenizer, Tokenizer
+from runtime.stops import AnswerText
+from runtime.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ async def answer(loop: EngineLoop, tokenizer: Tokenizer, request: Request) -> As
 
     loop.submit(request, on_output)
     try:
-        detokenizer = Detokenizer(tokenizer, request.prompt_ids)
+        shown = AnswerText(tokenizer, request.prompt_ids, request.sampling)
         last = False
         while not last:
             output = await outputs.get()
@@ -55,7 +56,7 @@ async def answer(loop: EngineLoop, tokenizer: Tokenizer, request: Request) -> As
                 assert output.failure is not None
                 raise output.failure
             last = output.finish_reason is not None
-            yield output, detokenizer.push(output.text_ids) + (detokenizer.flush() if last else "")
+            yield output, shown.push(output)
     finally:
         if not ended:  # else its id may be another's by now
             loop.cancel(request.request_id)

@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from runtime.errors import ResourceExhaustedError
-from runtime.request import FinishReason, StepOutput, Usage
+from runtime.request import FinishReason, StepOutput, TokenLogprobs, Usage
 
 _FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -29,6 +29,8 @@ class Chunk:
     num_accepted: int
     finish_reason: FinishReason | None
     usage: Usage | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Answer:
     usage: Usage
     run_lengths: tuple[int, ...]
     """Tokens of each chunk that had some, in order."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 def num_accepted(output: StepOutput) -> int:
@@ -72,7 +76,22 @@ def _step(output: StepOutput) -> dict[str, Any]:
         "num_accepted": num_accepted(output),
         "finish_reason": _FINISH_REASONS[output.finish_reason],
         "usage": _usage(output.usage) if output.finish_reason is not None else None,
+        "logprobs": map(_logprobs, output.logprobs),
+        "prompt_logprobs": map(_logprobs, output.prompt_logprobs),
     }
+
+
+def _logprobs(found: TokenLogprobs | None) -> pb.TokenLogprobs:
+    if found is None:
+        return pb.TokenLogprobs()
+    top = (pb.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in found.top)
+    return pb.TokenLogprobs(logprob=found.logprob, top=top)
+
+
+def _read_logprobs(sent: pb.TokenLogprobs) -> TokenLogprobs | None:
+    if not sent.HasField("logprob"):
+        return None
+    return TokenLogprobs(sent.logprob, tuple((likely.token_id, likely.logprob) for likely in sent.top))
 
 
 def read_chunk(message: pb.GenerateResponse | pb.ConverseResponse, request_id: str) -> Chunk:
@@ -84,6 +103,8 @@ def read_chunk(message: pb.GenerateResponse | pb.ConverseResponse, request_id: s
         num_accepted=message.num_accepted,
         finish_reason=_FINISH_REASONS_BACK.get(message.finish_reason),
         usage=_read_usage(message.usage) if message.HasField("usage") else None,
+        logprobs=tuple(filter(None, map(_read_logprobs, message.logprobs))),
+        prompt_logprobs=tuple(map(_read_logprobs, message.prompt_logprobs)),
     )
 
 

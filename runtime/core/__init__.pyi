@@ -24,6 +24,9 @@ RUN: float
 def prior(probability: float) -> float:
     """The weight of a feature whose proposals are accepted with this probability when no other source agrees."""
 
+def gumbel(seed: int, position: int, token: int) -> float:
+    """The noise of a token at a position, as runtime.model.sampler.gumbel has it."""
+
 class SequenceRows:
     """The rows of one sequence in one step: a chain of uncached tokens, and guesses that hang on its end."""
 
@@ -52,6 +55,9 @@ class SequenceRows:
     def __len__(self) -> int: ...
     def add(self, token: int, parent: int, choose: int) -> int:
         """Append a row one position after `parent` (-1: after the cached tokens); returns its index."""
+
+    def score(self, start: int, stop: int) -> None:
+        """Have the chain's rows tell how likely the tokens at positions [start, stop) were, each the one behind it."""
 
     def add_chain(self, tokens: Sequence[int], reaches_end: bool) -> None:
         """The tokens that are not cached yet; with `reaches_end` the last one is the current token."""
@@ -196,6 +202,8 @@ class RecycleSource(Source):
 
     PRIORS: ClassVar[list[float]]
     def __init__(self, first_feature: int, table: RecycleTable) -> None: ...
+    def sample_by(self, seed: int, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+        """How the sequence's tokens are chosen (noise.h): where by chance, candidates are ranked with the noise."""
 
 class CandidateTree:
     """Candidates below the current token, grown best first (tree.h)."""

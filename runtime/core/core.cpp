@@ -404,6 +404,7 @@ PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
     module.attr("RUN") = RUN;
     module.attr("GREEDY_BELOW") = GREEDY_BELOW;
     module.def("prior", &prior, py::arg("probability"));
+    module.def("gumbel", &gumbel, py::arg("seed"), py::arg("position"), py::arg("token"));
     module.def("grow", &grow_trees, py::arg("trees"), py::arg("num_rows"), py::arg("seconds"));
     bind_retention(module);
 
@@ -418,6 +419,7 @@ PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
         .def_property_readonly("root_position", [](const Rows& rows) { return rows.positions.at(rows.root); })
         .def("tokens_of", &Rows::tokens_of, py::arg("rows"))
         .def("add", &Rows::add, py::arg("token"), py::arg("parent"), py::arg("choose"))
+        .def("score", &Rows::score, py::arg("start"), py::arg("stop"))
         .def("add_chain", &Rows::add_chain, py::arg("tokens"), py::arg("reaches_end"));
     bind_plan(module);
     bind_history(module);
@@ -519,6 +521,12 @@ PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
         .attr("PRIORS") = SuffixSource::priors();
     py::classh<RecycleSource, Source>(module, "RecycleSource")
         .def(py::init<int, std::shared_ptr<RecycleTable>>(), py::arg("first_feature"), py::arg("table"))
+        .def(
+            "sample_by",
+            [](RecycleSource& source, int64_t seed, double temperature, int64_t top_k, double top_p, double min_p) {
+                source.sampling = {seed, temperature < GREEDY_BELOW ? 0.0 : temperature, top_k, top_p, min_p};
+            },
+            py::arg("seed"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"))
         .attr("PRIORS") = RecycleSource::priors();
 
     py::classh<CandidateTree>(module, "CandidateTree")

@@ -33,6 +33,7 @@ class CandidateTree {
         nodes_.reserve(128);
         proposals_.proposals.reserve(2048);
         guesses_.reserve(2048);
+        for (const auto& source : sources_) source->begin(this->rows->positions[this->rows->root] + 1);
         add_node(tail, 0, 1.0);
     }
 

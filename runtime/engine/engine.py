@@ -17,8 +17,10 @@ import torch
 
 from runtime.config import Config, LookaheadConfig, SamplingParams, Section
 from runtime.core import Bigrams
+from runtime.engine import logprobs
 from runtime.engine.admission import Admission
-from runtime.engine.scheduler import TOP_K, Scheduler, Step
+from runtime.engine.logprobs import PromptLogprobs
+from runtime.engine.scheduler import TOP_K, Part, Scheduler, Step
 from runtime.engine.session import Session
 from runtime.engine.turn import Turn
 from runtime.errors import ConfigError, InvalidRequestError, NumericsError, ResourceExhaustedError, WorkerError
@@ -27,10 +29,11 @@ from runtime.model.loader import checked_model
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.prompts import as_prompt, as_prompts, kind_of
-from runtime.request import CacheReport, Completion, FinishReason, Prompt, Request, StepOutput
+from runtime.request import CacheReport, Completion, FinishReason, Prompt, Request, StepOutput, TokenLogprobs
 from runtime.retention import with_separator_ids
-from runtime.step import StepPlan, StepResult
-from runtime.tokenizer import Detokenizer, Tokenizer
+from runtime.step import Choose, Int32, StepPlan, StepResult
+from runtime.stops import AnswerText, StopWatch
+from runtime.tokenizer import Tokenizer
 from runtime.tuning import choose, cost, priming
 from runtime.tuning.cost import CostCurve, Measurement, RunningCost
 from runtime.workers.executor import Executor, LocalExecutor, MeshExecutor, WorkerPool
@@ -74,7 +77,8 @@ class Engine:
         self.config, self.spec, self.tokenizer = config, spec, tokenizer
         self.stats = EngineStats()
         self.executor = executor
-        self._scheduler = Scheduler(config, spec)
+        self._scheduler = Scheduler(config, spec, self._watch)
+        self._prompt_logprobs = PromptLogprobs()
         self._admission = Admission(config.scheduler)
         self._measuring: Measuring | None = None
         self._measure_after = 0.0  # time.monotonic()
@@ -346,6 +350,7 @@ class Engine:
             for output in outputs:
                 if output.finish_reason is not None:
                     self._admission.end(output.request_id)
+                    self._prompt_logprobs.drop(output.request_id)
                 if output.request_id in self._inboxes:
                     self._inboxes[output.request_id].append(output)
             return [output for output in outputs if output.request_id not in self._inboxes]
@@ -393,13 +398,46 @@ class Engine:
             rows = slice(part.start, part.start + len(part.rows))
             emitted, reason = sequence.accept(chosen[rows], result.top[rows], now_s)
             self._scheduler.commit(step, part)
+            of_tokens, of_prompt = self._read_logprobs(part, result.logprobs[rows], len(emitted))
             if reason is not None:
                 self._scheduler.release(sequence.slot)
             self.stats.num_tokens += len(emitted)
             if emitted or reason is not None:
                 failure = NumericsError(NO_NUMBERS) if reason is FinishReason.ERROR else None
-                outputs.append(StepOutput(sequence.request.request_id, tuple(emitted), sequence.usage, reason, failure))
+                outputs.append(
+                    StepOutput(
+                        sequence.request.request_id,
+                        tuple(emitted),
+                        sequence.usage,
+                        reason,
+                        is_stopped=sequence.is_stopped,
+                        logprobs=of_tokens,
+                        prompt_logprobs=of_prompt,
+                        failure=failure,
+                    )
+                )
         return outputs
+
+    def _read_logprobs(
+        self, part: Part, words: Int32, num_emitted: int
+    ) -> tuple[tuple[TokenLogprobs, ...], tuple[TokenLogprobs | None, ...]]:
+        """Those of the tokens that a step emitted, whose rows are the last that it accepted; and with the first ones
+        those of the prompt."""
+        sampling, request = part.sequence.request.sampling, part.sequence.request
+        found: tuple[TokenLogprobs, ...] = ()
+        of_prompt: tuple[TokenLogprobs | None, ...] = ()
+        if sampling.logprobs is not None and num_emitted:
+            decided = part.sequence.commit_rows[-num_emitted:]
+            found = tuple(logprobs.read(words[row], sampling.logprobs) for row in decided)
+        if sampling.prompt_logprobs is not None and part.sequence.usage.num_new_tokens == num_emitted:
+            scored = [row for row, kind in enumerate(part.rows.choose) if kind == Choose.SCORE]
+            self._prompt_logprobs.add(request.request_id, words[scored], sampling.prompt_logprobs)
+            if num_emitted:
+                of_prompt = self._prompt_logprobs.take(request.request_id, len(request.prompt_ids))
+        return found, of_prompt
+
+    def _watch(self, request: Request) -> StopWatch | None:
+        return StopWatch(self.tokenizer, request) if request.sampling.stop else None
 
     def _account(self, step: StepPlan, seconds: dict[str, float], plan: float, verify: float) -> None:
         self.stats.num_steps += 1
@@ -510,10 +548,18 @@ class Engine:
         last = run[-1]
         assert last.finish_reason is not None
         lengths = tuple(len(output.token_ids) for output in run if output.token_ids)
-        detokenizer = Detokenizer(self.tokenizer, request.prompt_ids)
-        text = detokenizer.push(token for output in run for token in output.text_ids) + detokenizer.flush()
+        shown = AnswerText(self.tokenizer, request.prompt_ids, request.sampling)
         return Completion(
-            request.request_id, request.prompt_ids, ids, text, last.finish_reason, last.usage, lengths, last.error
+            request.request_id,
+            request.prompt_ids,
+            ids,
+            "".join(map(shown.push, run)),
+            last.finish_reason,
+            last.usage,
+            lengths,
+            last.error,
+            tuple(one for output in run for one in output.logprobs),
+            run[0].prompt_logprobs,
         )
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from runtime import core
 from runtime.config import Config
 from runtime.core import CandidateTree, SequenceRows
 from runtime.lookahead.knowledge import Knowledge
-from runtime.lookahead.sequence import Sequence, StepRows
+from runtime.lookahead.sequence import Sequence, StepRows, Watch
 from runtime.model.spec import ModelSpec
 from runtime.request import Request, Usage
 from runtime.retention import Ledger, layer_groups
@@ -45,8 +45,11 @@ class Step:
 class Scheduler:
     """Slots, the queue before them, and the rows of each step."""
 
-    def __init__(self, config: Config, spec: ModelSpec) -> None:
-        self.config, self.spec = config, spec
+    def __init__(
+        self, config: Config, spec: ModelSpec, make_watch: Callable[[Request], Watch | None] = lambda _: None
+    ) -> None:
+        """`make_watch`: what looks at the text of a request's answer, if anything is to."""
+        self.config, self.spec, self._make_watch = config, spec, make_watch
         self.capacity = config.cache.slot_capacity(spec.max_positions)
         self.layer_groups = layer_groups(config.cache, spec.num_layers, spec.max_positions)
         self.waiting: deque[Request] = deque()
@@ -127,7 +130,7 @@ class Scheduler:
         for request in waiting:
             sequence = self._conversation_of(request)
             if sequence is not None:
-                sequence.begin_turn(request)
+                sequence.begin_turn(request, self._make_watch(request))
                 if sequence.is_full:
                     sequence.withdraw_turn()
                     refused.append(request)
@@ -135,9 +138,8 @@ class Scheduler:
                     self.running[sequence.slot] = sequence
             elif free:
                 slot = free.popleft()
-                sequence = self.running[slot] = Sequence(
-                    request, slot, self.make_ledger(), self.spec.eos_token_ids, self.knowledge
-                )
+                kinds = self.make_ledger(), self.spec.eos_token_ids, self.knowledge, self._make_watch(request)
+                sequence = self.running[slot] = Sequence(request, slot, *kinds)
                 self._admitted.append(slot)
                 if request.session_id is not None:
                     self.sessions[request.session_id] = sequence
@@ -214,6 +216,8 @@ class Scheduler:
         for sequence in sequences:
             if sequence.wants_top:
                 plan.top_k = TOP_K
+            if (asked := sequence.request.sampling.num_logprobs) is not None:
+                plan.num_logprobs = max(asked, plan.num_logprobs or 0)
         self._admitted, self._commits = [], {}
         return plan
 
@@ -235,6 +239,7 @@ class Scheduler:
             if kept is None or kept[0] is not sequence.request:
                 kept = self._lines[sequence.slot] = sequence.request, _line(sequence)
             lines[index] = kept[1]
+            lines[index, Seq.NEXT_TOKEN] = sequence.next_token
             if sequence.num_coming:
                 lines[index, Seq.NUM_COMING] = min(sequence.num_coming, 2**31 - 1)
         return lines

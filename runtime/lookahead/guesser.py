@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runtime.config import LookaheadConfig
+from runtime.config import LookaheadConfig, SamplingParams
 from runtime.core import TAIL, CandidateTree, Judge, SequenceRows
 from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.sources import SOURCES, JacobiSource, RecycleSource, first_features, has_rows
@@ -25,6 +25,13 @@ class Guesser:
         self._learners = [source for source in self.sources if has_rows(source)]
         self.wants_top = any(isinstance(source, RecycleSource) for source in self.sources)
         """Whether rows are to give the model's likeliest tokens, not only the chosen one."""
+
+    def begin_turn(self, sampling: SamplingParams) -> None:
+        """Tokens are chosen by these parameters from now on."""
+        for source in self.sources:
+            if isinstance(source, RecycleSource):
+                kinds = sampling.top_k, sampling.top_p, sampling.min_p
+                source.sample_by(sampling.seed, sampling.temperature, *kinds)
 
     def lay_out(self, rows: SequenceRows, room: int) -> None:
         """Add the rows that sources run for themselves, at most `room`."""

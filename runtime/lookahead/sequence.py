@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from typing import Protocol
 
 from runtime.core import TAIL, CandidateTree, SequenceRows
 from runtime.lookahead.guesser import Guesser
@@ -28,11 +30,24 @@ class StepRows:
     """None where nothing may be guessed."""
 
 
+class Watch(Protocol):
+    """Looks at an answer's text (runtime.stops)."""
+
+    def first_end(self, tokens: Tokens) -> int | None:
+        """Take in the next tokens; the index of the one that ends the answer."""
+
+
 class Sequence:
     """Plans the rows of one sequence's steps and takes in their results; a conversation's turns follow each other."""
 
     def __init__(
-        self, request: Request, slot: int, ledger: Ledger, eos_token_ids: Collection[int], knowledge: Knowledge
+        self,
+        request: Request,
+        slot: int,
+        ledger: Ledger,
+        eos_token_ids: Collection[int],
+        knowledge: Knowledge,
+        watch: Watch | None = None,
     ) -> None:
         """`knowledge` is what the sequences of an engine share, unless the request wants its own."""
         self.slot, self.ledger, self._eos_token_ids = slot, ledger, eos_token_ids
@@ -40,6 +55,8 @@ class Sequence:
         self.request = request
         self.text: list[int] = []
         """Prompts and answers, the newest tokens of them at least."""
+        self.next_token = -1
+        """The one behind the last planned step's chain; -1: none, the chain reaches the text's end."""
         self.num_cached = 0
         """Tokens of the whole text in the cache once the next plan's commits are done."""
         self.rope_length = len(request.prompt_ids)
@@ -51,10 +68,11 @@ class Sequence:
         self._step: StepRows | None = None
         self._doubtful = False
         """The last step's rows had no numbers, perhaps because of guesses among them: the next step has none."""
-        self.begin_turn(request)
+        self.begin_turn(request, watch)
 
-    def begin_turn(self, request: Request) -> None:
-        """Append a prompt, to be answered."""
+    def begin_turn(self, request: Request, watch: Watch | None = None) -> None:
+        """Append a prompt, to be answered. `watch` says where the answer's text ends it."""
+        self.watch, self.is_stopped = watch, False
         renewed = self._guesser is None or self.request.lookahead != request.lookahead
         self.request = request
         self.usage = Usage(num_prompt_tokens=len(request.prompt_ids))
@@ -71,6 +89,7 @@ class Sequence:
             self._guesser = Guesser(lookahead, self.text[-HISTORY:], knowledge) if lookahead.enabled else None
             num_new = len(self.text)
         if self._guesser is not None:
+            self._guesser.begin_turn(request.sampling)
             self._guesser.observe(self.text[-min(num_new, HISTORY) :], is_prompt=True)
 
     def withdraw_turn(self) -> None:
@@ -107,6 +126,9 @@ class Sequence:
         horizon, start = self.ledger.horizon, self.num_cached - self._num_forgotten
         chain = self.text[start : start + min(max_chain, horizon - self.num_cached)]
         rows.add_chain(chain, reaches_end=start + len(chain) == len(self.text))
+        self.next_token = self.text[start + len(chain)] if start + len(chain) < len(self.text) else -1
+        if self.request.sampling.prompt_logprobs is not None and self.usage.num_new_tokens == 0:
+            rows.score(self.output_start - len(self.request.prompt_ids), self.output_start)
         self._step = StepRows(rows, len(chain), self.text[max(start - TAIL, 0) : start])
         missing = self.request.sampling.max_new_tokens - self.usage.num_new_tokens
         # The last token needs no guesses.
@@ -167,11 +189,15 @@ class Sequence:
     def _until_end(self, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
         """Cut the tokens where one-at-a-time decoding would have ended, and say why it ended there."""
         sampling = self.request.sampling
+        stopped_at = self.watch.first_end(tokens) if self.watch is not None else None
         last = min(sampling.max_new_tokens - self.usage.num_new_tokens - 1, self.ledger.full_at(tokens))
         for index, token in enumerate(tokens):
             if token < 0:
                 return tokens[:index], FinishReason.ERROR
             if token in sampling.stop_token_ids or token in self._eos_token_ids and not sampling.ignore_eos:
+                return tokens[: index + 1], FinishReason.STOP
+            if index == stopped_at:
+                self.is_stopped = True
                 return tokens[: index + 1], FinishReason.STOP
             if index == last:
                 return tokens[: index + 1], FinishReason.LENGTH

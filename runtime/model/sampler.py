@@ -141,6 +141,16 @@ class Sampled:
         )
 
 
+@dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities that R rows are to give."""
+
+    count: int
+    """Of so many of the likeliest tokens, besides one of their own."""
+    targets: NDArray[np.int64]
+    """[R] which that is; -1: the one they choose."""
+
+
 class Parameters:
     """What the lines [S, len(Seq)] of a plan say of sampling, as numbers [S]."""
 
@@ -192,24 +202,80 @@ class TokenChooser:
 
     @torch.inference_mode()
     def choose(
-        self, hidden: torch.Tensor, wanted: NDArray[np.int64], top_k: int, sampled: Sampled | None = None
+        self,
+        hidden: torch.Tensor,
+        wanted: NDArray[np.int64],
+        top_k: int,
+        sampled: Sampled | None = None,
+        logprobs: Logprobs | None = None,
     ) -> Int32:
         """Per wanted row [R] of what `forward` returned, the token it chooses and, packed, the `top_k` likeliest ones,
-        which mean nothing where the token is NOT_A_NUMBER. The same on every TP rank. [R, 1 + top_k]"""
+        which mean nothing where the token is NOT_A_NUMBER; and the log-probabilities asked for. The same on every TP
+        rank. [R, StepPlan.result_width]"""
         rows = hidden[upload(wanted, hidden.device)]
-        if sampled is None or len(rows) <= CHUNK:
-            return self._choose(rows, top_k, sampled)
+        if len(rows) <= CHUNK or sampled is None and logprobs is None:
+            return self._choose(rows, top_k, sampled, logprobs)
         parts = [(start, min(start + CHUNK, len(rows))) for start in range(0, len(rows), CHUNK)]
         return np.concatenate(
-            [self._choose(rows[start:stop], top_k, sampled.part(start, stop)) for start, stop in parts]
+            [
+                self._choose(
+                    rows[start:stop],
+                    top_k,
+                    sampled and sampled.part(start, stop),
+                    logprobs and Logprobs(logprobs.count, logprobs.targets[start:stop]),
+                )
+                for start, stop in parts
+            ]
         )
 
-    def _choose(self, rows: torch.Tensor, top_k: int, sampled: Sampled | None) -> Int32:
-        logits = self.search(rows, max(top_k, 1), keep_all=sampled is not None)
+    def _choose(self, rows: torch.Tensor, top_k: int, sampled: Sampled | None, logprobs: Logprobs | None) -> Int32:
+        keep_all = sampled is not None or logprobs is not None
+        logits = self.search(rows, max(top_k, 1), keep_all)
+        told = [] if logprobs is None else [Distribution(logits.values, logprobs.count, self.mesh, self.vocab_range)]
         found = [choose_tokens(logits, sampled, self.mesh, self.vocab_range, self.draw)[:, None]]
         if top_k:
             found.append(top_tokens(logits, top_k, self.mesh, self.vocab_range))
-        return torch.cat(found, dim=1).int().cpu().numpy()
+        results = torch.cat(found, dim=1).int().cpu().numpy()
+        for distribution in told:
+            assert logprobs is not None
+            targets = np.where(logprobs.targets >= 0, logprobs.targets, results[:, 0])
+            results = np.concatenate([results, distribution.words(targets)], axis=1)
+        return results
+
+
+class Distribution:
+    """Rows' log-probabilities before anything else touches them: natural logarithms, float32."""
+
+    def __init__(self, logits: torch.Tensor, count: int, mesh: Mesh, vocab_range: tuple[int, int]) -> None:
+        """`count`: likeliest tokens to tell. `logits` [R, V_local] are looked at now, and again by `words`."""
+        self._mesh, self._range, self._logits = mesh, vocab_range, logits
+        values, places = logits.topk(min(count, logits.shape[1]))
+        missing = count - values.shape[1]
+        self._top = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
+        self._ids = torch.nn.functional.pad(places, (0, missing)) + vocab_range[0]
+        self._whole = logits.logsumexp(1)
+
+    def words(self, targets: NDArray[np.int64]) -> Int32:
+        """Per row, the log-probability of its target, and ids and log-probabilities of the likeliest. Those that are no
+        float32 are as good. [R, 1 + 2 count]"""
+        start, stop = self._range
+        places = upload(targets.astype(np.int64) - start, self._logits.device)
+        inside = (places >= 0) & (places < stop - start)
+        own = self._logits.gather(1, places.where(inside, 0)[:, None])[:, 0].masked_fill(~inside, -torch.inf)
+        top, ids, whole = self._top, self._ids, self._whole
+        if self._mesh.tp > 1:
+            count = top.shape[1]
+            parts = torch.cat([top.double(), ids.double(), whole[:, None].double(), own[:, None].double()], dim=1)
+            shards = [shard.split([count, count, 1, 1], 1) for shard in self._mesh.all_gather(parts)]
+            tops, every, wholes, owns = (torch.stack(part) for part in zip(*shards, strict=True))
+            top, best = tops.transpose(0, 1).flatten(1).topk(count)
+            ids = every.transpose(0, 1).flatten(1).gather(1, best).long()
+            whole, own = wholes.squeeze(2).logsumexp(0), owns.squeeze(2).amax(0)
+        found = np.empty((len(targets), 1 + 2 * top.shape[1]), np.int32)
+        found[:, 0] = (own - whole).float().cpu().numpy().view(np.int32)
+        found[:, 1::2] = ids.int().cpu().numpy()
+        found[:, 2::2] = (top - whole[:, None]).float().cpu().numpy().view(np.int32)
+        return found
 
 
 def choose_tokens(

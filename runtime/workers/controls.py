@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.core import History, Share
-from runtime.model.sampler import Parameters, Ragged, Sampled
-from runtime.step import Bias, Int32, Row, Seq, StepPlan
+from runtime.model.sampler import Logprobs, Parameters, Ragged, Sampled
+from runtime.step import Bias, Choose, Int32, Row, Seq, StepPlan
 
 _NOTHING = np.empty(0, np.int32), np.empty(0, np.int32)
 _NO_BIAS = np.empty(0, np.int32), np.empty(0, np.float32)
@@ -68,6 +68,18 @@ class Controls:
         if len(plan.masked):
             mask_of = _looked_up(plan.masked, places)
         return Sampled(index, rows, sequences, counts, biases, plan.masks if mask_of is not None else None, mask_of)
+
+    def logprobs(self, plan: StepPlan, share: Share) -> Logprobs | None:
+        """The log-probabilities that the share's wanted rows are to give."""
+        if plan.num_logprobs is None:
+            return None
+        places = share.local[share.wanted]
+        behind = np.minimum(places + 1, len(plan.rows) - 1)
+        follows = (plan.rows[behind, Row.PARENT] == places) & (behind > places)
+        next_tokens = plan.sequences[share.sequence_of, Seq.NEXT_TOKEN]
+        targets = np.where(follows, plan.rows[behind, Row.TOKEN], next_tokens)
+        scores = plan.rows[places, Row.CHOOSE] == Choose.SCORE
+        return Logprobs(plan.num_logprobs, np.where(scores, targets, -1).astype(np.int64))
 
     def _history(self, slot: int) -> History:
         if slot not in self._histories:

@@ -26,7 +26,7 @@ from runtime.model.decoder import Decoder
 from runtime.model.loader import load_decoder, resolve_model
 from runtime.model.native import NativeDecoder
 from runtime.model.spec import ModelSpec
-from runtime.retention import layer_groups
+from runtime.retention import Ints, layer_groups
 from runtime.step import Int32, StepPlan, WireLayout
 from runtime.workers.controls import Controls
 
@@ -73,10 +73,15 @@ class Worker:
         hidden = self.decoder.forward(RowBatch.of(share, self.mesh.device), self.caches)
         results = np.zeros((0, plan.result_width), np.int32)
         if len(wanted := share.wanted):
-            results = self.decoder.choose(hidden, wanted, plan.top_k, self.controls.sampled(plan, share))
+            results = self._choose(hidden, wanted, plan)
         chosen, without = share.spread(results)
         self._unclean.update(without)
         return chosen
+
+    def _choose(self, hidden: Any, wanted: Ints, plan: StepPlan) -> Int32:
+        """[R, plan.result_width]"""
+        asked = self.controls.sampled(plan, self._last), self.controls.logprobs(plan, self._last)
+        return self.decoder.choose(hidden, wanted, plan.top_k, *asked)
 
     def _commit(self, plan: StepPlan) -> None:
         """Move accepted rows of the last step into the caches; LP peers copy them from the replica that ran them."""

@@ -11,6 +11,7 @@ from typing import Any
 from cluster.cli.terminal import counted
 from cluster.wire.answers import Chunk
 from runtime.errors import OutriderError
+from runtime.request import TokenLogprobs
 
 MAX_ERROR_LENGTH = 2000
 
@@ -64,10 +65,14 @@ def answer(chunks: Sequence[Chunk]) -> dict[str, Any]:
     if last is None or last.finish_reason is None or last.usage is None:
         raise IncompleteError("the stream ended before the answer did")
     usage = last.usage
+    logprobs = [one for chunk in chunks for one in chunk.logprobs]
+    of_prompt = [one for chunk in chunks for one in chunk.prompt_logprobs]
     return {
         "text": "".join(chunk.text for chunk in chunks),
         "token_ids": [token for chunk in chunks for token in chunk.token_ids],
         "finish_reason": last.finish_reason.value,
+        **({"logprobs": [_logprobs(one) for one in logprobs]} if logprobs else {}),
+        **({"prompt_logprobs": [one and _logprobs(one) for one in of_prompt]} if of_prompt else {}),
         "num_prompt_tokens": usage.num_prompt_tokens,
         "num_new_tokens": usage.num_new_tokens,
         "num_steps": usage.num_steps,
@@ -79,6 +84,11 @@ def answer(chunks: Sequence[Chunk]) -> dict[str, Any]:
         "kept_last": usage.kept_last,
         "kept_sum": usage.kept_sum,
     }
+
+
+def _logprobs(one: TokenLogprobs) -> dict[str, Any]:
+    top = [{"token_id": token_id, "logprob": logprob} for token_id, logprob in one.top]
+    return {"logprob": one.logprob, **({"top": top} if top else {})}
 
 
 def error_line(record_id: str | int, text: str) -> dict[str, Any]:

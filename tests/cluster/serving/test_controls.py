@@ -61,6 +61,40 @@ def test_controls_mean_the_same_at_every_door(client: Client, engine: Engine, tm
     assert tuple(json.loads((tmp_path / "out.jsonl").read_text())["token_ids"]) == expected
 
 
+def test_stop_texts_and_log_probabilities_arrive_as_the_engine_gives_them(
+    client: Client, engine: Engine, tmp_path: Path, capsys
+) -> None:
+    free = engine.generate([PROMPT], {"max_new_tokens": 30, "ignore_eos": True})[0].text
+    stop = free[11:14]
+    asked = {"max_new_tokens": 30, "ignore_eos": True, "stop": [stop, "?!?!"], "logprobs": 2, "prompt_logprobs": 1}
+    expected = engine.generate([PROMPT], asked)[0]
+    assert expected.text == free[: free.index(stop)] and expected.finish_reason == "stop"
+    answer = client.complete(PROMPT, sampling=asked)
+    for found in (answer.token_ids, answer.text, answer.finish_reason):
+        assert found in (expected.token_ids, expected.text, expected.finish_reason)
+    assert answer.prompt_logprobs[0] is None and len(answer.prompt_logprobs) == len(PROMPT)
+    for one, other in zip(
+        answer.logprobs + answer.prompt_logprobs[1:], expected.logprobs + expected.prompt_logprobs[1:], strict=True
+    ):
+        assert abs(one.logprob - other.logprob) < 1e-4
+        assert [token for token, _ in one.top] == [token for token, _ in other.top]
+    with client.converse() as conversation:
+        chunks = list(conversation.ask(PROMPT, sampling={**asked, "include_stop": True}))
+    assert "".join(chunk.text for chunk in chunks) == expected.text + stop
+    assert all(len(chunk.logprobs) == len(chunk.token_ids) for chunk in chunks) and chunks[0].prompt_logprobs
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": 1, "prompt": PROMPT, **asked}) + "\n")
+    with pytest.raises(SystemExit):
+        cli.main(["batch", f"{tmp_path}/in.jsonl", f"{tmp_path}/out.jsonl", f"--address={client.address}"])
+    record = json.loads((tmp_path / "out.jsonl").read_text())
+    assert record["text"] == expected.text and record["prompt_logprobs"][0] is None
+    assert [len(one["top"]) for one in record["logprobs"]] == [2] * len(expected.token_ids)
+    options = ["--ignore-eos", "--max-new-tokens=30", f"--stop={stop}", "--stop=?!?!", "--logprobs=0"]
+    with pytest.raises(SystemExit):
+        cli.main(["generate", PROMPT, "--raw", "--json", f"--address={client.address}", *options])
+    told = json.loads(capsys.readouterr().out)
+    assert told["text"] == expected.text and set(told["logprobs"][0]) == {"logprob"}
+
+
 @pytest.mark.parametrize(
     ("sampling", "said"),
     [
@@ -68,6 +102,11 @@ def test_controls_mean_the_same_at_every_door(client: Client, engine: Engine, tm
         ({"logit_bias": {1: 1000.0}}, "sampling.logit_bias"),
         ({"logit_bias": {100_000: 1.0}}, "sampling.logit_bias"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "sampling.min_new_tokens"),
+        ({"stop": [""]}, "sampling.stop"),
+        ({"stop": ["x"] * 65}, "sampling.stop"),
+        ({"include_stop": True}, "sampling.include_stop"),
+        ({"logprobs": 21}, "sampling.logprobs"),
+        ({"prompt_logprobs": -1}, "sampling.prompt_logprobs"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(client: Client, sampling: dict, said: str) -> None:
