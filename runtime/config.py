@@ -7,6 +7,7 @@ defaults of a run, and (merged with a request's own values) as the parameters of
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
@@ -150,9 +151,9 @@ class LookaheadConfig(Section):
     planner: bool = True
     """Choose window and tree anew each step, from the measured cost of rows and the learned worth of guesses.
     false: what the settings below say, whether it pays or not."""
-    sources: tuple[Literal["jacobi", "suffix", "recycle"], ...] = ("jacobi", "suffix", "recycle")
-    """Who proposes candidates: the n-gram pool fed by the window, repeats of the text so far, and what the model
-    gave the last time it stood behind the same tokens."""
+    sources: tuple[Literal["jacobi", "suffix", "recycle", "grammar"], ...] = ("jacobi", "suffix", "recycle", "grammar")
+    """Who proposes candidates: the n-gram pool fed by the window, repeats of the text so far, what the model gave
+    the last time it stood behind the same tokens, and what the request's grammar forces."""
     share: bool = True
     """Learn from, and for, the engine's other sequences: `recycle`'s tables and the acceptance probabilities. One
     client's text then influences how many steps another's takes, never its tokens."""
@@ -349,6 +350,8 @@ MOST_BARRED = 512
 
 
 MOST_STOP_CHARACTERS = 1024
+STRUCTURES = ("json_schema", "json_object", "regex", "choice", "grammar")
+"""Fields that give a text its form."""
 
 
 class SamplingParams(Section):
@@ -395,8 +398,44 @@ class SamplingParams(Section):
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     """The same of the prompt's tokens, each given those before it."""
 
+    json_schema: str | None = None
+    """The answer is JSON of this schema, given as a text or as a mapping."""
+    json_object: bool = False
+    """The answer is a JSON object."""
+    regex: str | None = None
+    """The answer matches this regular expression, from its beginning to its end."""
+    choice: tuple[str, ...] = ()
+    """The answer is one of these texts."""
+    grammar: str | None = None
+    """The answer is of this grammar, in Lark's notation as llguidance reads it."""
+
+    @field_validator("json_schema", mode="before")
+    @classmethod
+    def _as_text(cls, schema: Any) -> Any:
+        return json.dumps(schema) if isinstance(schema, Mapping) else schema
+
+    @property
+    def structure(self) -> tuple[str, str] | None:
+        """What is asked of the text's form, if anything: the field, and a text of what it says."""
+        given = {
+            "json_schema": self.json_schema,
+            "json_object": '{"type": "object"}' if self.json_object else None,
+            "regex": self.regex,
+            "choice": json.dumps(self.choice) if self.choice else None,
+            "grammar": self.grammar,
+        }
+        return next(((name, text) for name, text in given.items() if text is not None), None)
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        asked = [name for name in STRUCTURES if getattr(self, name) not in (None, False, ())]
+        if len(asked) > 1:
+            raise ValueError(f"{asked[1]}: stands beside {asked[0]}; an answer has one form, leave one of them out")
+        for name in ("min_new_tokens", "ignore_eos"):
+            if asked and getattr(self, name):
+                raise ValueError(
+                    f"{name}: contradicts {asked[0]}, whose text ends where it is whole; leave one of them out"
+                )
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens: is more than max_new_tokens, {self.max_new_tokens}; lower it, or raise the other"

@@ -100,7 +100,9 @@ MOST_LOGPROBS = 20
 """Likeliest tokens of which a request may be told the log-probabilities."""
 
 MASK_WORDS = 1 << 18
-"""Words of masks that a step may bring."""
+"""Words of masks that a step may bring, besides one for each sequence."""
+MOST_MASK_WORDS = 1 << 13
+"""Of one mask: 262,144 tokens."""
 
 
 def _no_commits() -> Int32:
@@ -205,7 +207,12 @@ class WireLayout:
     @property
     def length(self) -> int:
         """int32 words of a plan's buffer, with room for what only some plans have: biases, and masks."""
-        return self.usual_length + self.max_sequences * MOST_BIASES * len(Bias) + MASK_WORDS + 2 * self.max_rows
+        return (
+            self.usual_length
+            + MASK_WORDS
+            + 2 * self.max_rows
+            + self.max_sequences * (MOST_BIASES * len(Bias) + MOST_MASK_WORDS)
+        )
 
     @property
     def result_length(self) -> int:

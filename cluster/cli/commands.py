@@ -57,7 +57,7 @@ def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
 
     settings = Config.load(config, set_ or ())
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    engine = open_engine(settings)  # when the port is had
+    engine = open_engine(settings, prepare=True)  # when the port is had
     serve_until_signal(settings, engine, lambda address: print(f"serving on {address}", flush=True))
 
 

@@ -73,8 +73,9 @@ class Backend(Protocol):
 
 
 @contextmanager
-def open_engine(config: Config) -> Iterator[Engine]:
-    """An engine in this process: alone where the mesh is 1x1, else with its workers on Ray.
+def open_engine(config: Config, prepare: bool = False) -> Iterator[Engine]:
+    """An engine in this process: alone where the mesh is 1x1, else with its workers on Ray. `prepare`: no request is to
+    wait for what only some need.
 
     What is compiled on a first start is begun first, and waited for where it is needed.
     """
@@ -91,6 +92,8 @@ def open_engine(config: Config) -> Iterator[Engine]:
         from runtime.engine.engine import Engine
 
         with Engine.from_config(config) as engine:
+            if prepare:
+                engine.prepare()
             yield engine
         return
     from cluster.actors.pool import RayPool
@@ -100,6 +103,8 @@ def open_engine(config: Config) -> Iterator[Engine]:
         from runtime.engine.engine import Engine
 
         with Engine.from_config(config, pool) as engine:
+            if prepare:
+                engine.prepare()
             yield engine
     finally:
         pool.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -99,6 +100,8 @@ def _message(section: str, kind: Any, values: Mapping[str, Any] | None) -> dict[
             raise InvalidRequestError(f"{section}.{name}", value, problem, remedy)
         if isinstance(value, float) and value.is_integer() and known[name].cpp_type in _WHOLE:
             value = int(value)  # as the engine takes it
+        if isinstance(value, Mapping) and known[name].cpp_type == known[name].CPPTYPE_STRING:  # a JSON schema
+            value = json.dumps(value)
         if isinstance(value, Mapping) and is_map(known[name]):  # keys of JSON are texts
             value = {int(key) if isinstance(key, str) and key.isdecimal() else key: item for key, item in value.items()}
         try:

@@ -205,13 +205,46 @@ class RecycleSource(Source):
     def sample_by(self, seed: int, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
         """How the sequence's tokens are chosen (noise.h): where by chance, candidates are ranked with the noise."""
 
+class Constraint:
+    """What may follow a sequence's text (constraint.h). A subclass in Python has `mask`."""
+
+    def __init__(self) -> None: ...
+    @property
+    def forced(self) -> int:
+        """The only token that the mask which a tree asked for last allows; -1: there is none, or more."""
+
+    def mask(self, path: Sequence[int]) -> Int32:
+        """What may follow the text and these tokens behind it: bit t % 32 of word t / 32 stands for token t."""
+
+class GrammarSource(Source):
+    """Tokens that a constraint forces: the only ones it allows."""
+
+    PRIORS: ClassVar[list[float]]
+    def __init__(self, first_feature: int) -> None: ...
+    def follow(self, constraint: Constraint | None) -> None:
+        """The constraint that trees have from now on; without one the source is silent."""
+
 class CandidateTree:
     """Candidates below the current token, grown best first (tree.h)."""
 
     def __init__(
-        self, rows: SequenceRows, tail: Sequence[int], max_depth: int, sources: Sequence[Source], judge: Judge
+        self,
+        rows: SequenceRows,
+        tail: Sequence[int],
+        max_depth: int,
+        sources: Sequence[Source],
+        judge: Judge,
+        constraint: Constraint | None = None,
     ) -> None:
-        """`tail`: the text's last tokens, the current one included. No candidate stands deeper than `max_depth`."""
+        """`tail`: the text's last tokens, the current one included. No candidate stands deeper than `max_depth`. What
+        the constraint forbids is no candidate."""
+
+    @property
+    def first_row(self) -> int:
+        """The first candidate's."""
+
+    def masks(self) -> Int32:
+        """What the constraint allows behind the current token, and each candidate. [1 + num_candidates, words]"""
 
     @property
     def rows(self) -> SequenceRows: ...

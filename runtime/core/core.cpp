@@ -83,6 +83,19 @@ class PythonSource : public Source, public py::trampoline_self_life_support {
     void forget(const Tokens& text) override { PYBIND11_OVERRIDE(void, Source, forget, text); }
 };
 
+// A constraint that is written in Python
+class PythonConstraint : public Constraint, public py::trampoline_self_life_support {
+   public:
+    using Constraint::Constraint;
+
+    Mask mask(const Tokens& path) override {
+        const py::function mask = py::get_override(static_cast<const Constraint*>(this), "mask");
+        if (!mask) throw std::runtime_error("a constraint must have a method mask(path)");
+        const auto words = mask(path).cast<Int32s>();
+        return Mask(words.data(), words.data() + words.size());
+    }
+};
+
 // Remember the likeliest tokens, packed [T, k], behind each row that chose one.
 void learn_rows(RecycleTable& table, const Rows& rows, const Tokens& before, const Int32s& chosen, const Int32s& top) {
     if (chosen.size() != rows.size() || top.ndim() != 2 || top.shape(0) != rows.size())
@@ -529,12 +542,33 @@ PYBIND11_MODULE(core, module, py::mod_gil_not_used()) {
             py::arg("seed"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"))
         .attr("PRIORS") = RecycleSource::priors();
 
+    py::classh<Constraint, PythonConstraint>(module, "Constraint")
+        .def(py::init<>())
+        .def_readonly("forced", &Constraint::forced)
+        .def("mask", [](Constraint& constraint, const Tokens& path) { return copied(constraint.mask(path)); }, py::arg("path"));
+    py::classh<GrammarSource, Source>(module, "GrammarSource")
+        .def(py::init<int>(), py::arg("first_feature"))
+        .def("follow", &GrammarSource::follow, py::arg("constraint").none(true))
+        .attr("PRIORS") = GrammarSource::priors();
+
     py::classh<CandidateTree>(module, "CandidateTree")
         .def(py::init([](std::shared_ptr<Rows> rows, const Tokens& tail, int max_depth,
-                         std::vector<std::shared_ptr<Source>> sources, std::shared_ptr<Judge> judge) {
-                 return CandidateTree(std::move(rows), Tail(tail), max_depth, std::move(sources), std::move(judge));
+                         std::vector<std::shared_ptr<Source>> sources, std::shared_ptr<Judge> judge,
+                         std::shared_ptr<Constraint> constraint) {
+                 return CandidateTree(std::move(rows), Tail(tail), max_depth, std::move(sources), std::move(judge),
+                                      std::move(constraint));
              }),
-             py::arg("rows"), py::arg("tail"), py::arg("max_depth"), py::arg("sources"), py::arg("judge"))
+             py::arg("rows"), py::arg("tail"), py::arg("max_depth"), py::arg("sources"), py::arg("judge"),
+             py::arg("constraint") = nullptr)
+        .def_readonly("first_row", &CandidateTree::first_row)
+        .def("masks",
+             [](const CandidateTree& tree) {
+                 const auto& masks = tree.masks();
+                 Int32s found({std::ssize(masks), masks.empty() ? py::ssize_t{0} : std::ssize(masks[0])});
+                 auto* to = found.mutable_data();
+                 for (const Mask& mask : masks) to = std::copy(mask.begin(), mask.end(), to);
+                 return found;
+             })
         .def_readonly("rows", &CandidateTree::rows)
         .def_property_readonly("num_candidates", &CandidateTree::num_candidates)
         .def_property_readonly("margin", &CandidateTree::margin)

@@ -19,6 +19,7 @@ from runtime.config import Config, LookaheadConfig, SamplingParams, Section
 from runtime.core import Bigrams
 from runtime.engine import logprobs
 from runtime.engine.admission import Admission
+from runtime.engine.grammar import Grammar, Grammars
 from runtime.engine.logprobs import PromptLogprobs
 from runtime.engine.scheduler import TOP_K, Part, Scheduler, Step
 from runtime.engine.session import Session
@@ -77,7 +78,10 @@ class Engine:
         self.config, self.spec, self.tokenizer = config, spec, tokenizer
         self.stats = EngineStats()
         self.executor = executor
-        self._scheduler = Scheduler(config, spec, self._watch)
+        self._scheduler = Scheduler(config, spec, self._beside)
+        end = tokenizer.turn_end_id
+        ends = {*spec.eos_token_ids, *([end] if end is not None and end < spec.vocab_size else [])}
+        self._grammars = Grammars(tokenizer, spec.vocab_size, ends)
         self._prompt_logprobs = PromptLogprobs()
         self._admission = Admission(config.scheduler)
         self._measuring: Measuring | None = None
@@ -138,6 +142,10 @@ class Engine:
     @knowledge.setter
     def knowledge(self, knowledge: Knowledge) -> None:
         self._scheduler.knowledge = knowledge
+
+    def prepare(self) -> None:
+        """Make now what the first request for structured output would make, holding all others up for a second."""
+        self._grammars.prepare()
 
     def measure_cost(self) -> CostCurve:
         """Measure the cost curve anew, keep it and plan by it. Nothing may be running."""
@@ -261,6 +269,7 @@ class Engine:
             problem = f"with the prompt's {len(ids)} tokens they exceed what eviction per turn makes room for, {room}"
             remedy = "Lower it, shorten the prompt, enlarge the cache, or set cache.evict to token."
             raise InvalidRequestError("sampling.max_new_tokens", request.sampling.max_new_tokens, problem, remedy)
+        self._grammars.grammar(request.sampling)
         rows = request.lookahead.window_rows
         if not request.lookahead.planner and rows > self.config.scheduler.max_rows:
             problem = f"the window takes {rows} rows, and a step holds {self.config.scheduler.max_rows}"
@@ -397,13 +406,18 @@ class Engine:
             sequence = part.sequence
             rows = slice(part.start, part.start + len(part.rows))
             emitted, reason = sequence.accept(chosen[rows], result.top[rows], now_s)
+            failure: Exception | None = NumericsError(NO_NUMBERS) if reason is FinishReason.ERROR else None
+            grammar = sequence.constraint
+            if isinstance(grammar, Grammar):
+                grammar.accept(emitted)
+                if grammar.error is not None and reason is None:
+                    emitted, reason, failure = [], FinishReason.ERROR, _too_complex(sequence.request, grammar.error)
             self._scheduler.commit(step, part)
             of_tokens, of_prompt = self._read_logprobs(part, result.logprobs[rows], len(emitted))
             if reason is not None:
                 self._scheduler.release(sequence.slot)
             self.stats.num_tokens += len(emitted)
             if emitted or reason is not None:
-                failure = NumericsError(NO_NUMBERS) if reason is FinishReason.ERROR else None
                 outputs.append(
                     StepOutput(
                         sequence.request.request_id,
@@ -436,8 +450,10 @@ class Engine:
                 of_prompt = self._prompt_logprobs.take(request.request_id, len(request.prompt_ids))
         return found, of_prompt
 
-    def _watch(self, request: Request) -> StopWatch | None:
-        return StopWatch(self.tokenizer, request) if request.sampling.stop else None
+    def _beside(self, request: Request) -> tuple[StopWatch | None, Grammar | None]:
+        """What looks at an answer's text, and what its text is bound to."""
+        watch = StopWatch(self.tokenizer, request) if request.sampling.stop else None
+        return watch, self._grammars.grammar(request.sampling)
 
     def _account(self, step: StepPlan, seconds: dict[str, float], plan: float, verify: float) -> None:
         self.stats.num_steps += 1
@@ -573,6 +589,15 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _too_complex(request: Request, problem: str) -> InvalidRequestError:
+    """The error of a request whose grammar turned out to take too much."""
+    structure = request.sampling.structure
+    assert structure is not None
+    kind, text = structure
+    brief = problem.strip().splitlines()[0][:200]
+    return InvalidRequestError(f"sampling.{kind}", text, f"is too complex to go on with ({brief})", "Simplify it.")
 
 
 def _parameters(name: str, given: S | Mapping[str, Any] | None, defaults: S) -> S:

@@ -10,17 +10,20 @@ import numpy as np
 
 from runtime import core
 from runtime.config import Config
-from runtime.core import CandidateTree, SequenceRows
+from runtime.core import CandidateTree, Constraint, SequenceRows
 from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.sequence import Sequence, StepRows, Watch
 from runtime.model.spec import ModelSpec
 from runtime.request import Request, Usage
 from runtime.retention import Ledger, layer_groups
-from runtime.step import FOREVER, Bias, Int32, Seq, StepPlan
+from runtime.step import FOREVER, MASK_WORDS, Bias, Int32, Seq, StepPlan
 from runtime.tuning.cost import RunningCost, assumed
 
 TOP_K = 8
 """Likeliest tokens that a row gives for the recycle table, as in the paper."""
+
+
+Beside = tuple[Watch | None, Constraint | None]
 
 
 @dataclass
@@ -46,10 +49,10 @@ class Scheduler:
     """Slots, the queue before them, and the rows of each step."""
 
     def __init__(
-        self, config: Config, spec: ModelSpec, make_watch: Callable[[Request], Watch | None] = lambda _: None
+        self, config: Config, spec: ModelSpec, beside: Callable[[Request], Beside] = lambda _: (None, None)
     ) -> None:
-        """`make_watch`: what looks at the text of a request's answer, if anything is to."""
-        self.config, self.spec, self._make_watch = config, spec, make_watch
+        """`beside`: what looks at the text of a request's answer, and what its text is bound to."""
+        self.config, self.spec, self._beside = config, spec, beside
         self.capacity = config.cache.slot_capacity(spec.max_positions)
         self.layer_groups = layer_groups(config.cache, spec.num_layers, spec.max_positions)
         self.waiting: deque[Request] = deque()
@@ -130,7 +133,7 @@ class Scheduler:
         for request in waiting:
             sequence = self._conversation_of(request)
             if sequence is not None:
-                sequence.begin_turn(request, self._make_watch(request))
+                sequence.begin_turn(request, *self._beside(request))
                 if sequence.is_full:
                     sequence.withdraw_turn()
                     refused.append(request)
@@ -138,7 +141,7 @@ class Scheduler:
                     self.running[sequence.slot] = sequence
             elif free:
                 slot = free.popleft()
-                kinds = self.make_ledger(), self.spec.eos_token_ids, self.knowledge, self._make_watch(request)
+                kinds = self.make_ledger(), self.spec.eos_token_ids, self.knowledge, *self._beside(request)
                 sequence = self.running[slot] = Sequence(request, slot, *kinds)
                 self._admitted.append(slot)
                 if request.session_id is not None:
@@ -168,6 +171,8 @@ class Scheduler:
             limit = max_rows if prompts == len(sequences) else max(max_rows // 2, prompts)
             prompt_rows = min(sum(count for count in uncached if count > 1), limit)
         guess_rows = (max_rows - (len(sequences) - prompts) - prompt_rows) // len(sequences)
+        num_bound = sum(sequence.constraint is not None for sequence in sequences)
+        mask_room = MASK_WORDS // (-(-self.spec.vocab_size // 32) * max(num_bound, 1))
         steps: list[StepRows] = []
         trees: list[tuple[CandidateTree, int]] = []
         num_rows = 0
@@ -180,6 +185,8 @@ class Scheduler:
             lookahead = sequence.request.lookahead
             most = lookahead.row_budget or max_rows if lookahead.planner else lookahead.fixed_rows
             room = min(guess_rows, most - 1)
+            if sequence.constraint is not None:
+                room = min(room, mask_room)
             step = sequence.plan(chain, room)
             steps.append(step)
             if step.tree is not None:
@@ -199,7 +206,10 @@ class Scheduler:
         num_replicas = self.config.parallel.lp
         if trees and num_replicas > 1 and not self.cost.shares[num_rows]:
             num_replicas = 1
-        return Step(self._assemble(parts, num_replicas), parts, is_decoding=num_prompts == 0)
+        plan = self._assemble(parts, num_replicas)
+        if num_bound:
+            _bind(plan, parts, steps)
+        return Step(plan, parts, is_decoding=num_prompts == 0)
 
     def _assemble(self, parts: list[Part], num_replicas: int) -> StepPlan:
         sequences = [part.sequence for part in parts]
@@ -245,6 +255,26 @@ class Scheduler:
         return lines
 
 
+def _bind(plan: StepPlan, parts: list[Part], steps: list[StepRows]) -> None:
+    """Give the plan what constraints allow behind the rows that choose a token of the text. Equal masks go once."""
+    known: dict[bytes, int] = {}
+    masks: list[Int32] = []
+    masked: list[tuple[int, int]] = []
+    for part, step in zip(parts, steps, strict=True):
+        constraint, root = part.sequence.constraint, part.rows.root
+        if constraint is None or root < 0:
+            continue
+        found = step.tree.masks() if step.tree is not None else constraint.mask([])[None]
+        first = step.tree.first_row if step.tree is not None else 0
+        for row, mask in zip([root, *range(first, first + len(found) - 1)], found, strict=True):
+            number = known.setdefault(mask.tobytes(), len(masks))
+            if number == len(masks):
+                masks.append(mask)
+            masked.append((part.start + row, number))
+    if masks:
+        plan.masks, plan.masked = np.stack(masks), np.array(masked, np.int32)
+
+
 def _line(sequence: Sequence) -> Int32:
     """Of StepPlan.sequences, but for the coming tokens."""
     sampling = sequence.request.sampling
@@ -264,7 +294,8 @@ def _line(sequence: Sequence) -> Int32:
     for column, value in reals.items():
         line[column] = np.float32(value).view(np.int32)
     line[Seq.OUTPUT_START] = min(sequence.output_start, FOREVER)
-    line[Seq.IS_CONTROLLED] = sampling.has_penalties or bool(sampling.logit_bias) or sampling.min_new_tokens > 0
+    adds = sampling.has_penalties or bool(sampling.logit_bias) or sampling.min_new_tokens > 0
+    line[Seq.IS_CONTROLLED] = adds or sequence.constraint is not None
     return line
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import Protocol
 
-from runtime.core import TAIL, CandidateTree, SequenceRows
+from runtime.core import TAIL, CandidateTree, Constraint, SequenceRows
 from runtime.lookahead.guesser import Guesser
 from runtime.lookahead.knowledge import Knowledge
 from runtime.request import FinishReason, Request, Usage
@@ -48,6 +48,7 @@ class Sequence:
         eos_token_ids: Collection[int],
         knowledge: Knowledge,
         watch: Watch | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         """`knowledge` is what the sequences of an engine share, unless the request wants its own."""
         self.slot, self.ledger, self._eos_token_ids = slot, ledger, eos_token_ids
@@ -68,11 +69,13 @@ class Sequence:
         self._step: StepRows | None = None
         self._doubtful = False
         """The last step's rows had no numbers, perhaps because of guesses among them: the next step has none."""
-        self.begin_turn(request, watch)
+        self.begin_turn(request, watch, constraint)
 
-    def begin_turn(self, request: Request, watch: Watch | None = None) -> None:
-        """Append a prompt, to be answered. `watch` says where the answer's text ends it."""
+    def begin_turn(self, request: Request, watch: Watch | None = None, constraint: Constraint | None = None) -> None:
+        """Append a prompt, to be answered. `watch` says where the answer's text ends it, `constraint` which tokens it
+        may have."""
         self.watch, self.is_stopped = watch, False
+        self.constraint = constraint
         renewed = self._guesser is None or self.request.lookahead != request.lookahead
         self.request = request
         self.usage = Usage(num_prompt_tokens=len(request.prompt_ids))
@@ -89,7 +92,7 @@ class Sequence:
             self._guesser = Guesser(lookahead, self.text[-HISTORY:], knowledge) if lookahead.enabled else None
             num_new = len(self.text)
         if self._guesser is not None:
-            self._guesser.begin_turn(request.sampling)
+            self._guesser.begin_turn(request.sampling, constraint)
             self._guesser.observe(self.text[-min(num_new, HISTORY) :], is_prompt=True)
 
     def withdraw_turn(self) -> None:

@@ -96,6 +96,42 @@ def test_stop_texts_and_log_probabilities_arrive_as_the_engine_gives_them(
 
 
 @pytest.mark.parametrize(
+    "form",
+    [
+        {"json_schema": '{"enum": ["alpha", "beta", 7]}'},
+        {"regex": "[0-9]{3}[ab]"},
+        {"choice": ["one", "two"]},
+        {"grammar": 'start: "x" /[yz]/ "!"'},
+        {"json_object": True},
+    ],
+    ids=lambda form: next(iter(form)),
+)
+def test_a_form_of_the_text_means_the_same_at_every_door(
+    client: Client, engine: Engine, tmp_path: Path, capsys, form
+) -> None:
+    asked = {"max_new_tokens": 12, **form}
+    expected = engine.generate([PROMPT], asked)[0]
+    assert client.complete(PROMPT, sampling=asked).token_ids == expected.token_ids
+    ((name, value),) = form.items()
+    option = f"--{name.replace('_', '-')}"
+    options = (
+        [option] if value is True else [f"{option}={one}" for one in ([value] if isinstance(value, str) else value)]
+    )
+    with pytest.raises(SystemExit):
+        cli.main(
+            ["generate", PROMPT, "--raw", "--json", "--max-new-tokens=12", f"--address={client.address}", *options]
+        )
+    assert json.loads(capsys.readouterr().out)["text"] == expected.text
+    record = {"prompt": PROMPT, **asked}
+    if name == "json_schema":
+        record["json_schema"] = json.loads(value)  # an object is as good as its text
+    (tmp_path / "in.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(SystemExit):
+        cli.main(["batch", f"{tmp_path}/in.jsonl", f"{tmp_path}/out.jsonl", f"--address={client.address}"])
+    assert json.loads((tmp_path / "out.jsonl").read_text())["text"] == expected.text
+
+
+@pytest.mark.parametrize(
     ("sampling", "said"),
     [
         ({"min_p": 2.0}, "sampling.min_p"),
@@ -103,6 +139,9 @@ def test_stop_texts_and_log_probabilities_arrive_as_the_engine_gives_them(
         ({"logit_bias": {100_000: 1.0}}, "sampling.logit_bias"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "sampling.min_new_tokens"),
         ({"stop": [""]}, "sampling.stop"),
+        ({"regex": "("}, "sampling.regex"),
+        ({"regex": "a", "choice": ["b"]}, "sampling.choice"),
+        ({"json_schema": '{"$ref": "https://example.org/x"}'}, "sampling.json_schema"),
         ({"stop": ["x"] * 65}, "sampling.stop"),
         ({"include_stop": True}, "sampling.include_stop"),
         ({"logprobs": 21}, "sampling.logprobs"),
