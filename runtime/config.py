@@ -336,6 +336,9 @@ class SchedulerConfig(Section):
     """Most rows in one step over all sequences, prefill included."""
     max_waiting: int = Field(default=1024, ge=0)
     """Requests that may wait for a slot; one more is refused (RESOURCE_EXHAUSTED)."""
+    prefix_reuse: bool = True
+    """A request whose prompt begins as a text that is in the cache goes on from there: where the cache policy is full,
+    on CPUs. How soon it answers then tells what others have asked; false: none is served of another's cache."""
     max_sessions: int | None = Field(default=None, ge=1)
     """Conversations that may hold a slot between their turns; null is one fewer than max_sequences, but at least 1."""
 
@@ -382,6 +385,9 @@ class SamplingParams(Section):
     """Added to the logits of these token ids, before penalties."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """With the position, the only source of randomness: the same seed gives the same tokens."""
+    n: int = Field(default=1, ge=1, le=64)
+    """Answers to one prompt, which is read once. The first has the seed, each further one a seed that is made of it
+    (runtime.request.derived_seed)."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the answer, besides the model's own end tokens. The one that does so is the last of
     the answer's token ids, but not part of its text."""

@@ -90,6 +90,14 @@ class Bias(IntEnum):
     UNTIL = 3  # position of the chosen token from which on it is not added any more
 
 
+class Reuse(IntEnum):
+    """Columns of `StepPlan.reuses`: slots whose new sequence begins as one that is or was in some slot, in order."""
+
+    SLOT = 0
+    SOURCE = 1  # the slot that has the tokens; its own, where the sequence there has ended
+    LENGTH = 2  # tokens
+
+
 MOST_BIASES = 2048
 """Of one turn."""
 FOREVER = 2**31 - 1
@@ -121,6 +129,10 @@ def _no_masked() -> Int32:
     return np.empty((0, 2), np.int32)
 
 
+def _no_reuses() -> Int32:
+    return np.empty((0, len(Reuse)), np.int32)
+
+
 def _no_slots() -> Int32:
     return np.empty(0, np.int32)
 
@@ -133,6 +145,7 @@ class StepPlan:
     sequences: Int32  # [S, len(Seq)]
     commits: Int32 = field(default_factory=_no_commits)  # [C, len(Commit)]
     resets: Int32 = field(default_factory=_no_slots)  # [R] slots emptied before this step
+    reuses: Int32 = field(default_factory=_no_reuses)  # [U, len(Reuse)] after commits and resets
     biases: Int32 = field(default_factory=_no_biases)  # [B, len(Bias)]
     masks: Int32 = field(default_factory=_no_masks)  # [M, words]: bit t % 32 of word t / 32 set: token t may be chosen
     masked: Int32 = field(default_factory=_no_masked)  # [N, 2] rows, ascending, and the mask of each
@@ -192,9 +205,9 @@ class WireLayout:
     max_rows: int
     max_sequences: int
 
-    HEADER = 12
-    """Words: how many the plan has in all; lines of rows, sequences, commits, resets, biases, masks and masked; words
-    of a mask; top_k, num_logprobs (-1: none), stop."""
+    HEADER = 13
+    """Words: how many the plan has in all; lines of rows, sequences, commits, resets, reuses, biases, masks and masked;
+    words of a mask; top_k, num_logprobs (-1: none), stop."""
     RESULT_HEADER = 1
     """Words before the rows in a replica's result: the step's microseconds on this worker."""
 
@@ -211,7 +224,7 @@ class WireLayout:
             self.usual_length
             + MASK_WORDS
             + 2 * self.max_rows
-            + self.max_sequences * (MOST_BIASES * len(Bias) + MOST_MASK_WORDS)
+            + self.max_sequences * (len(Reuse) + MOST_BIASES * len(Bias) + MOST_MASK_WORDS)
         )
 
     @property
@@ -228,7 +241,7 @@ class WireLayout:
         assert plan.top_k <= MOST_TOP_K, f"{plan.top_k} likeliest tokens do not fit a result"
         assert (plan.num_logprobs or 0) <= MOST_LOGPROBS, f"{plan.num_logprobs} log-probabilities do not fit a result"
         parts = (plan.rows, plan.sequences, plan.commits, plan.resets)
-        rare = (plan.biases, plan.masks, plan.masked)
+        rare = (plan.reuses, plan.biases, plan.masks, plan.masked)
         num_logprobs = -1 if plan.num_logprobs is None else plan.num_logprobs
         used = self.usual_length + sum(part.size for part in rare)
         assert used <= len(buffer), "biases and masks do not fit the wire layout"
@@ -255,10 +268,10 @@ class WireLayout:
         start = self.usual_length
         if any(lengths[4:]):
             found = []
-            for length, width in zip(lengths[4:], (len(Bias), mask_words, 2), strict=True):
+            for length, width in zip(lengths[4:], (len(Reuse), len(Bias), mask_words, 2), strict=True):
                 found.append(buffer[start : start + length * width].reshape(length, width).copy())
                 start += length * width
-            plan.biases, plan.masks, plan.masked = found
+            plan.reuses, plan.biases, plan.masks, plan.masked = found
         return plan
 
     @functools.cached_property

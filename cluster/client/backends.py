@@ -15,7 +15,7 @@ from runtime.config import Config
 from runtime.errors import OutriderError, WorkerError
 from runtime.progress import doing
 from runtime.prompts import as_prompt, kind_of
-from runtime.request import FinishReason, Prompt, StepOutput
+from runtime.request import FinishReason, Prompt, StepOutput, forks
 
 if TYPE_CHECKING:
     from runtime.engine.engine import Engine
@@ -134,8 +134,7 @@ class InProcess:
                     raise WorkerError("the request was withdrawn")
                 yield chunk
         finally:
-            if not answer.ended:
-                self._loop.cancel(request.request_id)
+            answer.cancel()
 
     def converse(self) -> Conversation:
         return LocalConversation(self.engine, self._loop)
@@ -157,33 +156,51 @@ class _Answer(Iterator[Chunk]):
 
         self.ended = False
         """Whether the last chunk has been read, or an error has come in its place."""
-        self.request_id = request.request_id
+        self._loop, self._request_id = loop, request.request_id
         self._capacity = engine.capacity
         self._session = session
-        self._text = AnswerText(engine.tokenizer, request.prompt_ids, request.sampling)
+        requests = forks(request)
+        self._texts = [AnswerText(engine.tokenizer, each.prompt_ids, each.sampling) for each in requests]
         self._outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
-        loop.submit(request, self._outputs.put)
+        self._live: set[str] = set()
+        try:
+            for each in requests:
+                loop.submit(each, self._outputs.put)
+                self._live.add(each.request_id)
+        except BaseException:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """Withdraw what has not ended."""
+        for request_id in self._live:
+            self._loop.cancel(request_id)
 
     def __next__(self) -> Chunk:
         if self.ended:
             raise StopIteration
         output = self._outputs.get()
-        self.ended = output.finish_reason is not None
+        is_last = output.finish_reason is not None
+        if is_last:
+            self._live.discard(output.request_id)
+        self.ended = not self._live
         if output.finish_reason is FinishReason.ERROR:
+            self.ended = True
             raise output.failure if isinstance(output.failure, OutriderError) else WorkerError(output.error)
         if self._session is not None:
             self._session.take(output)
             if output.finish_reason is FinishReason.LENGTH and not output.usage.num_new_tokens:
                 raise cache_is_full(self._capacity)
         return Chunk(
-            request_id=output.request_id,
-            text=self._text.push(output),
+            request_id=self._request_id,
+            text=self._texts[output.index].push(output),
             token_ids=output.token_ids,
             num_accepted=num_accepted(output),
             finish_reason=output.finish_reason,
-            usage=output.usage if self.ended else None,
+            usage=output.usage if is_last else None,
             logprobs=output.logprobs,
             prompt_logprobs=output.prompt_logprobs,
+            index=output.index,
         )
 
 
@@ -218,7 +235,7 @@ class LocalConversation:
 
     def stop(self) -> None:
         if self._answer is not None and not self._answer.ended:
-            self._loop.cancel(self._answer.request_id)
+            self._answer.cancel()
 
     def close(self) -> None:
         self._loop.close_session(self._session)

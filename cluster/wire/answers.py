@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -31,11 +32,13 @@ class Chunk:
     usage: Usage | None
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    index: int = 0
+    """Which of the request's n answers this belongs to; each has a last chunk of its own."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole stream."""
+    """A whole answer."""
 
     request_id: str
     text: str
@@ -46,6 +49,16 @@ class Answer:
     """Tokens of each chunk that had some, in order."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    others: tuple[Answer, ...] = ()
+    """The further ones, where the request asked for n."""
+
+
+def by_index(chunks: Iterable[Chunk]) -> list[list[Chunk]]:
+    """The chunks of each of a request's answers."""
+    found: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        found.setdefault(chunk.index, []).append(chunk)
+    return [found[index] for index in sorted(found)]
 
 
 def num_accepted(output: StepOutput) -> int:
@@ -62,7 +75,7 @@ def cache_is_full(capacity: int) -> ResourceExhaustedError:
 
 def response(output: StepOutput, text: str) -> pb.GenerateResponse:
     """One step's tokens; `output` must not have ended in cancellation or failure (those are statuses)."""
-    return pb.GenerateResponse(request_id=output.request_id, text=text, **_step(output))
+    return pb.GenerateResponse(request_id=output.request_id, text=text, index=output.index, **_step(output))
 
 
 def converse_response(session_id: str, turn_index: int, output: StepOutput, text: str) -> pb.ConverseResponse:
@@ -105,6 +118,7 @@ def read_chunk(message: pb.GenerateResponse | pb.ConverseResponse, request_id: s
         usage=_read_usage(message.usage) if message.HasField("usage") else None,
         logprobs=tuple(filter(None, map(_read_logprobs, message.logprobs))),
         prompt_logprobs=tuple(map(_read_logprobs, message.prompt_logprobs)),
+        index=message.index if isinstance(message, pb.GenerateResponse) else 0,
     )
 
 

@@ -21,6 +21,9 @@ BIAS: float
 RUN: float
 """How far a guess behind a guess is trusted beside its own probability."""
 
+MOST_TEXT: int
+"""Tokens of the longest text whose beginning another sequence can have from History."""
+
 def prior(probability: float) -> float:
     """The weight of a feature whose proposals are accepted with this probability when no other source agrees."""
 
@@ -75,6 +78,9 @@ class History:
 
     def commit(self, tokens: Sequence[int]) -> None:
         """The next tokens of the text."""
+
+    def first(self, count: int) -> History:
+        """That of a sequence whose text begins with this one's first `count` tokens, of at most MOST_TEXT."""
 
     def at(self, rows: Int32, row: int) -> tuple[Int32, Int32]:
         """Each token of the text that ends in this row of a plan, and how often the answer has it; 0: the prompt alone

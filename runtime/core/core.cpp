@@ -394,10 +394,12 @@ void bind_plan(py::module_& module) {
 }
 
 void bind_history(py::module_& module) {
+    module.attr("MOST_TEXT") = History::MOST_TEXT;
     py::classh<History>(module, "History")
         .def(py::init<>())
         .def_property_readonly("length", &History::length)
         .def("begin", &History::begin, py::arg("output_start"))
+        .def("first", &History::first, py::arg("count"))
         .def("commit", [](History& history, const Tokens& tokens) { history.commit(tokens); }, py::arg("tokens"))
         .def(
             "at",

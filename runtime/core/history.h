@@ -32,6 +32,16 @@ class History {
 
     void commit(std::span<const int> tokens) {
         for (const int token : tokens) add(token, length_++ >= output_start_);
+        if (length_ <= MOST_TEXT) text_.insert(text_.end(), tokens.begin(), tokens.end());
+        else text_ = {};
+    }
+
+    // That of a sequence whose text begins as this one's, with so many tokens
+    History first(int64_t count) const {
+        if (count > std::ssize(text_)) throw std::out_of_range("so much of the text is not known");
+        History begun;
+        begun.commit({text_.data(), static_cast<size_t>(count)});
+        return begun;
     }
 
     // Of the text that ends in row `row` of the plan `rows` [T, ROW_COLUMNS]: the committed tokens, the row's ancestors and
@@ -55,6 +65,8 @@ class History {
         return found;
     }
 
+    static constexpr int64_t MOST_TEXT = 1 << 18;  // an endless text is not kept
+
    private:
     int add(int token, bool is_output) {
         int place = places_.find(token);
@@ -69,6 +81,7 @@ class History {
     }
 
     int64_t length_ = 0, output_start_ = 0;
+    std::vector<int> text_;
     Counts counts_;
     PlaceTable places_;  // of a token in them
 };

@@ -30,7 +30,7 @@ from runtime.model.loader import checked_model
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.prompts import as_prompt, as_prompts, kind_of
-from runtime.request import CacheReport, Completion, FinishReason, Prompt, Request, StepOutput, TokenLogprobs
+from runtime.request import CacheReport, Completion, FinishReason, Prompt, Request, StepOutput, TokenLogprobs, forks
 from runtime.retention import with_separator_ids
 from runtime.step import Choose, Int32, StepPlan, StepResult
 from runtime.stops import AnswerText, StopWatch
@@ -150,6 +150,7 @@ class Engine:
     def measure_cost(self) -> CostCurve:
         """Measure the cost curve anew, keep it and plan by it. Nothing may be running."""
         assert not self.has_work, "the measurement writes over a slot"
+        self._scheduler.forget_texts()
         curve = cost.measure(self.executor, self.config, self.spec, TOP_K)
         self.use_curve(curve)
         return curve
@@ -167,6 +168,7 @@ class Engine:
             measurement = Measurement(self.executor, self.config, self.spec, TOP_K, longest_s=LONGEST_ASIDE_S)
             self._measuring = measurement, measurement.steps()
         measurement, steps = self._measuring
+        self._scheduler.forget_texts()
         if next(steps, steps) is None:
             return True
         self._measuring = None
@@ -209,6 +211,9 @@ class Engine:
         goes_on = session is not None and session.num_turns > 0
         prompt = as_prompt(prompt)
         sampling = _parameters("sampling", sampling, self.config.sampling)
+        if session is not None and sampling.n > 1:
+            problem, remedy = "a turn of a conversation has one answer", "Leave it out, or ask outside a conversation."
+            raise InvalidRequestError("sampling.n", sampling.n, problem, remedy)
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, add_special_tokens=not goes_on)
         elif kind_of(prompt) == "messages":
@@ -376,7 +381,7 @@ class Engine:
         outputs = self._drop_aborted() if self._aborted else []
         for request in self._scheduler.admit():
             usage = self._scheduler.unread(request)
-            outputs.append(StepOutput(request.request_id, (), usage, FinishReason.LENGTH))
+            outputs.append(StepOutput(request.request_id, (), usage, FinishReason.LENGTH, index=request.index))
         step = self._scheduler.plan()
         if step is None:
             return outputs
@@ -415,7 +420,7 @@ class Engine:
             self._scheduler.commit(step, part)
             of_tokens, of_prompt = self._read_logprobs(part, result.logprobs[rows], len(emitted))
             if reason is not None:
-                self._scheduler.release(sequence.slot)
+                self._scheduler.release(sequence.slot, is_sound=reason is not FinishReason.ERROR)
             self.stats.num_tokens += len(emitted)
             if emitted or reason is not None:
                 outputs.append(
@@ -424,6 +429,7 @@ class Engine:
                         tuple(emitted),
                         sequence.usage,
                         reason,
+                        index=sequence.request.index,
                         is_stopped=sequence.is_stopped,
                         logprobs=of_tokens,
                         prompt_logprobs=of_prompt,
@@ -490,14 +496,15 @@ class Engine:
         sampling: SamplingParams | Mapping[str, Any] | None = None,
         lookahead: LookaheadConfig | Mapping[str, Any] | None = None,
     ) -> list[Completion]:
-        """Continue every prompt, all in company; answers come in the order of the prompts, for one prompt as a list of
-        one.
+        """Continue every prompt, all in company; answers come in the order of the prompts, n of each, for one prompt as
+        a list.
 
         A prompt is a text, token ids (a list, numpy's or torch's array of one dimension), or chat messages. Where the
         model gives no numbers for one, its finish reason is ERROR and its `error` says so; the others go on. Raises
         InvalidRequestError before anything has run, WorkerError if the workers fail.
         """
-        requests = [self.make_request(prompt, sampling, lookahead) for prompt in as_prompts(prompts)]
+        asked = [self.make_request(prompt, sampling, lookahead) for prompt in as_prompts(prompts)]
+        requests = [each for request in asked for each in forks(request)]
         runs: dict[str, list[StepOutput]] = {request.request_id: [] for request in requests}
         pending = deque(requests)
         with self._expecting(runs):
@@ -516,20 +523,23 @@ class Engine:
         lookahead: LookaheadConfig | Mapping[str, Any] | None = None,
         session: Session | None = None,
     ) -> Iterator[StepOutput]:
-        """Continue one prompt, as in `generate`, step by step, as the next turn of `session` if there is one.
+        """Continue one prompt, as in `generate`, step by step, as the next turn of `session` if there is one. With n
+        answers, each output says by its index to which it belongs.
 
         Leaving the iterator early withdraws the request.
         """
         request = self.make_request(prompt, sampling, lookahead, session=session)
-        with self._expecting([request.request_id]) as expected:
-            self.add_request(request)
-            while True:
+        requests = forks(request)
+        num_live = len(requests)
+        with self._expecting(each.request_id for each in requests) as expected:
+            for each in requests:
+                self.add_request(each)
+            while num_live:
                 for output in self._next_of(expected):
                     if session is not None:
                         session.take(output)
+                    num_live -= output.finish_reason is not None
                     yield output
-                    if output.finish_reason is not None:
-                        return
 
     @contextmanager
     def _expecting(self, request_ids: Iterable[str]) -> Iterator[list[str]]:
@@ -576,6 +586,7 @@ class Engine:
             last.error,
             tuple(one for output in run for one in output.logprobs),
             run[0].prompt_logprobs,
+            request.index,
         )
 
     def close(self) -> None:

@@ -11,8 +11,10 @@ import numpy as np
 from runtime import core
 from runtime.config import Config
 from runtime.core import CandidateTree, Constraint, SequenceRows
+from runtime.engine.reuse import Place, TextsLeft
 from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.sequence import Sequence, StepRows, Watch
+from runtime.mesh.device import pick_device
 from runtime.model.spec import ModelSpec
 from runtime.request import Request, Usage
 from runtime.retention import Ledger, layer_groups
@@ -65,6 +67,10 @@ class Scheduler:
         self.cost = RunningCost(assumed(config.scheduler.max_rows), config.scheduler.max_rows)
         """What a step costs by its rows."""
         self._admitted: list[int] = []  # slots given away since the last plan
+        self._reused: list[tuple[int, int, int]] = []  # of such slots, lines of StepPlan.reuses
+        self._texts = TextsLeft()
+        keeps_all = config.cache.policy == "full" and spec.rope.dynamic is None
+        self._reuses = config.scheduler.prefix_reuse and keeps_all and pick_device(config, 0).type == "cpu"
         self._lines: dict[int, tuple[Request, Int32]] = {}  # by slot: the parameters of what runs there
         self._commits: dict[int, Int32] = {}  # by slot, what the next plan commits: [C, len(Commit)]
 
@@ -80,7 +86,7 @@ class Scheduler:
         """End a conversation. Its slot is free, at once or when its turn, whose request id is returned, is dropped."""
         sequence = self.sessions.pop(session_id)
         if sequence is not None and sequence.slot not in self.running:
-            self._commits.pop(sequence.slot, None)
+            self._leave(sequence)
         live = (*self.waiting, *(sequence.request for sequence in self.running.values()))
         return next((request.request_id for request in live if request.session_id == session_id), None)
 
@@ -105,11 +111,31 @@ class Scheduler:
         seen = sequence.ledger.length if sequence is not None else 0
         return Usage(num_prompt_tokens=len(request.prompt_ids), num_seen_tokens=seen)
 
-    def release(self, slot: int) -> None:
-        """The request in `slot` has ended; a conversation stays where it is."""
+    def forget_texts(self) -> None:
+        """Slots without a sequence are to be written over, by steps that are not planned here."""
+        self._texts.clear()
+        self._commits.clear()
+
+    def release(self, slot: int, is_sound: bool = True) -> None:
+        """The request in `slot` has ended; a conversation stays where it is. `is_sound`: what it has in the cache is
+        numbers."""
         sequence = self.running.pop(slot)
         if sequence not in self.sessions.values():
-            self._commits.pop(slot, None)
+            self._leave(sequence, is_sound)
+
+    def _leave(self, sequence: Sequence, is_sound: bool = True) -> None:
+        """The sequence is over; another may begin with what is in its slot."""
+        if self._reuses and is_sound and sequence.is_sound:
+            self._texts.leave(sequence.slot, sequence.cached_text)
+        else:
+            self._commits.pop(sequence.slot, None)
+
+    def _place(self, request: Request, free: deque[int]) -> Place | None:
+        """The slot that a new request gets; None: it waits."""
+        if not self._reuses or request.sampling.prompt_logprobs is not None:
+            return Place(free[0])
+        others = ((slot, other.text, other.num_cached) for slot, other in self.running.items() if other.is_sound)
+        return self._texts.place(np.asarray(request.prompt_ids, np.int64), free, others)
 
     @property
     def can_step(self) -> bool:
@@ -139,11 +165,16 @@ class Scheduler:
                     refused.append(request)
                 else:
                     self.running[sequence.slot] = sequence
-            elif free:
-                slot = free.popleft()
+            elif free and (place := self._place(request, free)) is not None:
+                slot = place.slot
+                free.remove(slot)
+                self._texts.take(slot)
                 kinds = self.make_ledger(), self.spec.eos_token_ids, self.knowledge, *self._beside(request)
-                sequence = self.running[slot] = Sequence(request, slot, *kinds)
-                self._admitted.append(slot)
+                sequence = self.running[slot] = Sequence(request, slot, *kinds, num_reused=place.length)
+                if place.length:
+                    self._reused.append((slot, place.source, place.length))
+                else:
+                    self._admitted.append(slot)
                 if request.session_id is not None:
                     self.sessions[request.session_id] = sequence
             else:
@@ -223,12 +254,14 @@ class Scheduler:
             plan.commits = np.concatenate(commits) if len(commits) > 1 else commits[0]
         if self._admitted:
             plan.resets = np.array(self._admitted, np.int32)
+        if self._reused:
+            plan.reuses = np.array(self._reused, np.int32)
         for sequence in sequences:
             if sequence.wants_top:
                 plan.top_k = TOP_K
             if (asked := sequence.request.sampling.num_logprobs) is not None:
                 plan.num_logprobs = max(asked, plan.num_logprobs or 0)
-        self._admitted, self._commits = [], {}
+        self._admitted, self._reused, self._commits = [], [], {}
         return plan
 
     def commit(self, step: Step, part: Part) -> None:

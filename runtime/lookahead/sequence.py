@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from runtime.core import TAIL, CandidateTree, Constraint, SequenceRows
@@ -49,8 +49,10 @@ class Sequence:
         knowledge: Knowledge,
         watch: Watch | None = None,
         constraint: Constraint | None = None,
+        num_reused: int = 0,
     ) -> None:
-        """`knowledge` is what the sequences of an engine share, unless the request wants its own."""
+        """`knowledge` is what the sequences of an engine share, unless the request wants its own; of the prompt, the
+        cache has `num_reused` tokens already."""
         self.slot, self.ledger, self._eos_token_ids = slot, ledger, eos_token_ids
         self._shared = knowledge
         self.request = request
@@ -70,6 +72,7 @@ class Sequence:
         self._doubtful = False
         """The last step's rows had no numbers, perhaps because of guesses among them: the next step has none."""
         self.begin_turn(request, watch, constraint)
+        self._enter_text(num_reused)
 
     def begin_turn(self, request: Request, watch: Watch | None = None, constraint: Constraint | None = None) -> None:
         """Append a prompt, to be answered. `watch` says where the answer's text ends it, `constraint` which tokens it
@@ -105,6 +108,16 @@ class Sequence:
     def num_uncached(self) -> int:
         """Tokens of the text that are not in the cache: 1 while decoding, more while the prompt is read."""
         return self._num_forgotten + len(self.text) - self.num_cached
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether another sequence may go on from what this one has in the cache."""
+        return not self._doubtful and self._num_forgotten == 0
+
+    @property
+    def cached_text(self) -> list[int]:
+        """The tokens in the cache once the next plan's commits are done; of a sound one."""
+        return self.text[: self.num_cached]
 
     @property
     def is_full(self) -> bool:
@@ -189,6 +202,13 @@ class Sequence:
             self.num_cached += len(accepted)
             self.ledger.commit(rows.tokens_of(accepted))
 
+    def _enter_text(self, count: int) -> None:
+        """The first tokens of the prompt are in the cache."""
+        if count:
+            self.num_cached = count
+            self.ledger.commit(self.text[:count])
+            self.usage = replace(self.usage, num_reused_tokens=count)
+
     def _until_end(self, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
         """Cut the tokens where one-at-a-time decoding would have ended, and say why it ended there."""
         sampling = self.request.sampling
@@ -219,6 +239,7 @@ class Sequence:
             num_seen_tokens=ledger.length,
             kept_last=ledger.kept_last,
             kept_sum=ledger.kept_sum,
+            num_reused_tokens=usage.num_reused_tokens,
         )
 
     def _forget(self) -> None:

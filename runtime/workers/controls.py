@@ -28,6 +28,12 @@ class Controls:
         self._histories.pop(slot, None)
         self._biases.pop(slot, None)
 
+    def begin_as(self, slot: int, source: int, length: int) -> None:
+        """The slot's new sequence has the first `length` tokens of the one in `source`, which may be itself."""
+        history = self._history(source).first(length)
+        self.reset(slot)
+        self._histories[slot] = history
+
     def commit(self, slot: int, tokens: list[int]) -> None:
         """The next tokens of the slot's sequence."""
         self._history(slot).commit(tokens)

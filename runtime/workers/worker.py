@@ -104,6 +104,10 @@ class Worker:
             self.controls.reset(slot)
             for cache in self.caches:
                 cache.reset(slot)
+        for slot, source, length in plan.reuses.tolist():
+            self.controls.begin_as(slot, source, length)
+            for cache in self.caches:
+                cache.begin_as(slot, source, length)
 
 
 def decoder_of(config: Config, spec: ModelSpec, mesh: Mesh) -> AnyDecoder:

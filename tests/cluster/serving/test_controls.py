@@ -95,6 +95,30 @@ def test_stop_texts_and_log_probabilities_arrive_as_the_engine_gives_them(
     assert told["text"] == expected.text and set(told["logprobs"][0]) == {"logprob"}
 
 
+def test_n_answers_arrive_as_the_engine_gives_them(client: Client, engine: Engine, tmp_path: Path, capsys) -> None:
+    asked = {"max_new_tokens": 10, "temperature": 1.2, "seed": 6, "n": 3, "ignore_eos": True}
+    prompt = PROMPT * 3
+    expected = [one.text for one in engine.generate([prompt], asked)]
+    assert len(set(expected)) == 3
+    answer = client.complete(prompt, sampling=asked)
+    assert [answer.text, *(other.text for other in answer.others)] == expected
+    assert {chunk.index for chunk in client.generate(prompt, sampling=asked)} == {0, 1, 2}
+    assert answer.others[0].usage.num_reused_tokens > 0 and answer.others[0].usage.num_new_tokens == 10
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": "a", "prompt": prompt, **asked}) + "\n")
+    with pytest.raises(SystemExit):
+        cli.main(["batch", f"{tmp_path}/in.jsonl", f"{tmp_path}/out.jsonl", f"--address={client.address}"])
+    record = json.loads((tmp_path / "out.jsonl").read_text())
+    assert [choice["text"] for choice in record["choices"]] == expected and record["num_new_tokens"] == 30
+    capsys.readouterr()
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in asked.items() if name != "ignore_eos"]
+    given = ["generate", prompt, "--raw", "--ignore-eos", *options, f"--address={client.address}"]
+    with pytest.raises(SystemExit):
+        cli.main(given)
+    assert capsys.readouterr().out == "".join(f"{text}\n" for text in expected)
+    with client.converse() as conversation, pytest.raises(CallError, match="sampling.n"):
+        list(conversation.ask(prompt, sampling=asked))
+
+
 @pytest.mark.parametrize(
     "form",
     [
