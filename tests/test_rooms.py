@@ -21,6 +21,7 @@ ROOMS = {
         "quality",
         "streaming",
         "speed",
+        "control",
         "conversation",
         "lossless",
         "roofline",
