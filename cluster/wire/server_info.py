@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from runtime.config import Config
 from runtime.engine.loop import EngineLoop, LoopStats
-from runtime.mesh.device import pick_device
 from runtime.model.gguf import EMBEDDED_FILE
 from runtime.model.spec import ModelSpec
 
@@ -65,6 +64,8 @@ def _model_name(config: Config) -> str:
 
 
 def _device_kind(config: Config) -> str:
+    from runtime.mesh.device import pick_device  # which imports torch, and the server listens before
+
     return pick_device(config, 0).type
 
 

@@ -6,8 +6,8 @@ import json
 import threading
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import llguidance
 import numpy as np
 
 from runtime.config import SamplingParams
@@ -15,6 +15,9 @@ from runtime.core import Constraint
 from runtime.errors import ConfigError, InvalidRequestError
 from runtime.step import Int32
 from runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import llguidance  # which is loaded where a request wants it
 
 MOST_BYTES = 1 << 16
 """Of a grammar's text."""
@@ -89,6 +92,8 @@ class Grammars:
         return Grammar(self._compiled(*given).deep_copy(), self._ends, self._vocab_size)
 
     def _compile(self, kind: str, text: str) -> llguidance.LLMatcher:
+        import llguidance
+
         field = f"sampling.{kind}"
         remedy = "See docs/controls.md for what may be asked."
         if len(text.encode()) > MOST_BYTES:
@@ -112,6 +117,8 @@ class Grammars:
         return matcher
 
     def _ll_tokenizer(self) -> llguidance.LLTokenizer:
+        import llguidance
+
         with self._making:
             if self._made is None:
                 backend = self._tokenizer.backend_json
@@ -126,6 +133,8 @@ class Grammars:
 
 def _source(kind: str, text: str) -> str:
     """The grammar as llguidance reads it. Raises ValueError."""
+    import llguidance
+
     matcher = llguidance.LLMatcher
     if kind in ("json_schema", "json_object"):
         schema = json.loads(text)
