@@ -79,9 +79,7 @@ class Engine:
         self.stats = EngineStats()
         self.executor = executor
         self._scheduler = Scheduler(config, spec, self._beside)
-        end = tokenizer.turn_end_id
-        ends = {*spec.eos_token_ids, *([end] if end is not None and end < spec.vocab_size else [])}
-        self._grammars = Grammars(tokenizer, spec.vocab_size, ends)
+        self._grammars = Grammars(tokenizer, spec.vocab_size, spec.eos_token_ids)
         self._prompt_logprobs = PromptLogprobs()
         self._admission = Admission(config.scheduler)
         self._measuring: Measuring | None = None
@@ -223,6 +221,8 @@ class Engine:
             sampling = self._ended_by_turn(sampling)
         else:
             ids = list(prompt)  # type: ignore[arg-type]
+        if sampling.structure is not None:
+            sampling = self._ended_by_turn(sampling)  # a form's text may end with any end token
         request = Request(
             request_id=request_id if request_id is not None else f"request-{next(self._ids)}",
             prompt_ids=tuple(ids),
@@ -234,8 +234,8 @@ class Engine:
         return replace(request, is_checked=True)
 
     def _ended_by_turn(self, sampling: SamplingParams) -> SamplingParams:
-        """In a chat, the token with which the chat template ends an answer ends it, whether or not the model's
-        configs know of it."""
+        """The token with which the chat template ends an answer ends it, whether or not the model's configs know of
+        it."""
         end = self.tokenizer.turn_end_id
         if (
             end is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Collection, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,12 +72,17 @@ class Grammar(Constraint):
 class Grammars:
     """Compiles grammars for one model. Safe from any thread; the first of all takes a second."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: Collection[int]) -> None:
-        """`ends`: the tokens that may end an answer."""
-        self._tokenizer, self._vocab_size, self._ends = tokenizer, vocab_size, sorted(ends)
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+        self._tokenizer, self._vocab_size, self._eos_token_ids = tokenizer, vocab_size, eos_token_ids
         self._made: llguidance.LLTokenizer | None = None
         self._making = threading.Lock()
         self._compiled = lru_cache(MOST_KEPT)(self._compile)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The tokens that may end an answer: the model's, and the one that ends a turn of a chat."""
+        end = self._tokenizer.turn_end_id
+        return sorted({*self._eos_token_ids, *([end] if end is not None and end < self._vocab_size else [])})
 
     def prepare(self) -> None:
         """Do now what takes that second, if this model can have grammars."""
