@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         ResourceExhaustedError,
         WorkerError,
     )
-    from runtime.request import Completion, FinishReason, StepOutput, Usage
+    from runtime.request import Completion, FinishReason, StepOutput, TokenLogprobs, Usage
 
 _HOMES = {
     "cluster.client.client": ("Client",),
@@ -40,7 +40,7 @@ _HOMES = {
     "runtime.engine.engine": ("Engine",),
     "runtime.engine.session": ("Session",),
     "runtime.errors": ("ConfigError", "InvalidRequestError", "OutriderError", "ResourceExhaustedError", "WorkerError"),
-    "runtime.request": ("Completion", "FinishReason", "StepOutput", "Usage"),
+    "runtime.request": ("Completion", "FinishReason", "StepOutput", "TokenLogprobs", "Usage"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -61,6 +61,7 @@ __all__ = [
     "SamplingParams",
     "Session",
     "StepOutput",
+    "TokenLogprobs",
     "Usage",
     "WorkerError",
     "__version__",

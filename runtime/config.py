@@ -7,9 +7,10 @@ defaults of a run, and (merged with a request's own values) as the parameters of
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -68,6 +69,7 @@ class Section(BaseModel, metaclass=_Refusing):
         """Python counts True as 1; who writes it means something else."""
         kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
         members = value if isinstance(value, list | tuple) else (value,)
+        members = (*value, *value.values()) if isinstance(value, Mapping) else members
         if kinds & {int, float} and bool not in kinds and any(isinstance(member, bool) for member in members):
             raise PydanticCustomError("number_type", "input should be a number, neither true nor false")
         return value
@@ -159,9 +161,9 @@ class LookaheadConfig(Section):
     planner: bool = True
     """Choose window and tree anew each step, from the measured cost of rows and the learned worth of guesses.
     false: what the settings below say, whether it pays or not."""
-    sources: tuple[Literal["jacobi", "suffix", "recycle"], ...] = ("jacobi", "suffix", "recycle")
-    """Who proposes candidates: the n-gram pool fed by the window, repeats of the text so far, and what the model
-    gave the last time it stood behind the same tokens."""
+    sources: tuple[Literal["jacobi", "suffix", "recycle", "grammar"], ...] = ("jacobi", "suffix", "recycle", "grammar")
+    """Who proposes candidates: the n-gram pool fed by the window, repeats of the text so far, what the model gave
+    the last time it stood behind the same tokens, and what the request's grammar forces."""
     share: bool = True
     """Learn from, and for, the engine's other sequences: `recycle`'s tables and the acceptance probabilities. One
     client's text then influences how many steps another's takes, never its tokens."""
@@ -354,6 +356,9 @@ class SchedulerConfig(Section):
     """Most rows in one step over all sequences, prefill included."""
     max_waiting: int = Field(default=1024, ge=0)
     """Requests that may wait for a slot; one more is refused (RESOURCE_EXHAUSTED)."""
+    prefix_reuse: bool = True
+    """A request whose prompt begins as a text that is in the cache goes on from there: where the cache policy is full,
+    on CPUs. How soon it answers then tells what others have asked; false: none is served of another's cache."""
     max_sessions: int | None = Field(default=None, ge=1)
     """Conversations that may hold a slot between their turns; null is one fewer than max_sequences, but at least 1."""
 
@@ -363,6 +368,15 @@ class SchedulerConfig(Section):
         return self.max_sessions or max(1, self.max_sequences - 1)
 
 
+MOST_BARRED = 512
+"""Stop tokens of a request that `min_new_tokens` can keep from being chosen."""
+
+
+MOST_STOP_CHARACTERS = 1024
+STRUCTURES = ("json_schema", "json_object", "regex", "choice", "grammar")
+"""Fields that give a text its form."""
+
+
 class SamplingParams(Section):
     """How one request's tokens are chosen and when it ends."""
 
@@ -370,19 +384,109 @@ class SamplingParams(Section):
 
     max_new_tokens: int = Field(default=128, ge=1)
     """Most tokens to generate."""
+    min_new_tokens: int = Field(default=0, ge=0)
+    """Before so many tokens no end token of the model and no stop token is chosen."""
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
     """0 is greedy."""
     top_k: int = Field(default=0, ge=0)
     """Sample among the k likeliest tokens; 0 is off."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Sample among the likeliest tokens that together reach this probability."""
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Sample among the tokens that are at least this many times as likely as the likeliest; 0 is off. It comes before
+    top_k and top_p, as in vLLM."""
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    """Logits of tokens that prompt or answer has are divided by it where positive, else multiplied; 1 is off."""
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    """Taken from the logits of tokens that the answer has."""
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    """Taken from the logits of tokens that the answer has, once for each time."""
+    logit_bias: dict[int, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(default_factory=dict, max_length=1024)
+    """Added to the logits of these token ids, before penalties."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """With the position, the only source of randomness: the same seed gives the same tokens."""
+    n: int = Field(default=1, ge=1, le=64)
+    """Answers to one prompt, which is read once. The first has the seed, each further one a seed that is made of it
+    (runtime.request.derived_seed)."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the answer, besides the model's own end tokens. The one that does so is the last of
     the answer's token ids, but not part of its text."""
     ignore_eos: bool = False
     """Go on past the model's own end tokens."""
+    stop: tuple[str, ...] = Field(default=(), max_length=64)
+    """Texts that end the answer, wherever in it they are complete first, across tokens too. They are looked for behind
+    its first min_new_tokens tokens."""
+    include_stop: bool = False
+    """The answer's text ends behind the text that ended it; false: before it."""
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    """Give each token's log-probability and those of so many of the likeliest tokens, 0: its own alone. They are the
+    model's own, before all that is set here. null: none."""
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+    """The same of the prompt's tokens, each given those before it."""
+
+    json_schema: str | None = None
+    """The answer is JSON of this schema, given as a text or as a mapping."""
+    json_object: bool = False
+    """The answer is a JSON object."""
+    regex: str | None = None
+    """The answer matches this regular expression, from its beginning to its end."""
+    choice: tuple[str, ...] = ()
+    """The answer is one of these texts."""
+    grammar: str | None = None
+    """The answer is of this grammar, in Lark's notation as llguidance reads it."""
+
+    @field_validator("json_schema", mode="before")
+    @classmethod
+    def _as_text(cls, schema: Any) -> Any:
+        return json.dumps(schema) if isinstance(schema, Mapping) else schema
+
+    @property
+    def structure(self) -> tuple[str, str] | None:
+        """What is asked of the text's form, if anything: the field, and a text of what it says."""
+        given = {
+            "json_schema": self.json_schema,
+            "json_object": '{"type": "object"}' if self.json_object else None,
+            "regex": self.regex,
+            "choice": json.dumps(self.choice) if self.choice else None,
+            "grammar": self.grammar,
+        }
+        return next(((name, text) for name, text in given.items() if text is not None), None)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        asked = [name for name in STRUCTURES if getattr(self, name) not in (None, False, ())]
+        if len(asked) > 1:
+            raise ValueError(f"{asked[1]}: stands beside {asked[0]}; an answer has one form, leave one of them out")
+        for name in ("min_new_tokens", "ignore_eos"):
+            if asked and getattr(self, name):
+                raise ValueError(
+                    f"{name}: contradicts {asked[0]}, whose text ends where it is whole; leave one of them out"
+                )
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens: is more than max_new_tokens, {self.max_new_tokens}; lower it, or raise the other"
+            )
+        if self.min_new_tokens and len(self.stop_token_ids) > MOST_BARRED:
+            raise ValueError(
+                f"stop_token_ids: are more than min_new_tokens can keep back, {MOST_BARRED}; "
+                "name fewer, or set min_new_tokens to 0"
+            )
+        if any(not 1 <= len(text) <= MOST_STOP_CHARACTERS for text in self.stop):
+            raise ValueError(f"stop: a text has 1 to {MOST_STOP_CHARACTERS} characters; shorten it, or leave it out")
+        if self.include_stop and not self.stop:
+            raise ValueError("include_stop: there is no stop text to include; name one in stop, or leave this out")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """The most that rows are to give."""
+        asked = [count for count in (self.logprobs, self.prompt_logprobs) if count is not None]
+        return max(asked, default=None)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether what the text has had counts."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 class ServerConfig(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from runtime.config import LookaheadConfig, SamplingParams
@@ -16,7 +16,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 class FinishReason(StrEnum):
     STOP = "stop"
-    """An end token of the model or a stop token of the request."""
+    """An end token of the model, or a stop token or stop text of the request."""
     LENGTH = "length"
     """max_new_tokens reached, or the cache slot is full."""
     CANCELLED = "cancelled"
@@ -35,10 +35,38 @@ class Request:
     lookahead: LookaheadConfig
     session_id: str | None = None
     """The conversation whose next turn this is; the prompt is then what the turn appends to it."""
+    index: int = 0
+    """Which of the answers to one prompt this is for."""
     is_checked: bool = False
     """`Engine.validate` has seen it, which takes a while for a long prompt, and found nothing."""
     arrival_s: float = field(default_factory=time.perf_counter)
     """time.perf_counter() when the request arrived; latencies count from here."""
+
+
+def derived_seed(seed: int, index: int) -> int:
+    """The seed of a request's answer number `index`, from 0, whose own is the request's: one round of SplitMix64."""
+    if index == 0:
+        return seed
+    x = (seed + index * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return (x ^ x >> 31) >> 1
+
+
+def forks(request: Request) -> list[Request]:
+    """The requests for each of its n answers; where that is 1, itself."""
+    sampling = request.sampling
+    if sampling.n == 1:
+        return [request]
+    return [
+        replace(
+            request,
+            request_id=f"{request.request_id}/{index}",
+            sampling=sampling.model_copy(update={"n": 1, "seed": derived_seed(sampling.seed, index)}),
+            index=index,
+        )
+        for index in range(sampling.n)
+    ]
 
 
 @dataclass(frozen=True)
@@ -55,6 +83,8 @@ class Usage:
     """Arrival to first token, seconds."""
     latency_s: float = 0.0
     """Arrival to the newest token, seconds."""
+    num_reused_tokens: int = 0
+    """Tokens of the prompt that were in the cache before: another request had left them there."""
     num_seen_tokens: int = 0
     """Tokens that the sequence has put into the cache, earlier turns included."""
     kept_last: float = 1.0
@@ -74,6 +104,15 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """How likely a token was to the model, before any sampling parameter; natural logarithms."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """Ids and log-probabilities of the likeliest tokens, likeliest first."""
+
+
+@dataclass(frozen=True)
 class StepOutput:
     """The tokens one step gave one request. The last of a request has a finish reason."""
 
@@ -85,6 +124,14 @@ class StepOutput:
     finish_reason: FinishReason | None = None
     failure: Exception | None = None
     """What happened, where the finish reason is ERROR: NumericsError, WorkerError, or a defect."""
+    index: int = 0
+    """Which of the request's n answers it belongs to; each has a last output of its own."""
+    is_stopped: bool = False
+    """The finish reason is STOP because the last token's text completed a stop string."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the tokens, where the request wants them."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """With a request's first output, where it wants them: of the prompt's tokens; None where none stands before."""
 
     @property
     def error(self) -> str | None:
@@ -96,7 +143,8 @@ class StepOutput:
     @property
     def text_ids(self) -> tuple[int, ...]:
         """The tokens that become text: all but the stop token."""
-        return self.token_ids[:-1] if self.finish_reason is FinishReason.STOP else self.token_ids
+        ends = self.finish_reason is FinishReason.STOP and not self.is_stopped
+        return self.token_ids[:-1] if ends else self.token_ids
 
 
 @dataclass(frozen=True)
@@ -133,3 +181,8 @@ class Completion:
     """Tokens each step emitted, in order; they sum to len(token_ids)."""
     error: str | None = None
     """What happened, where the finish reason is ERROR; `token_ids` are those before it."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """As StepOutput has them."""
+    index: int = 0
+    """Which of the n answers to its prompt."""

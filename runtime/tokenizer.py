@@ -73,6 +73,11 @@ class Tokenizer:
         self._guarded: _GuardedEncoder | None = None  # made when it is first needed
         self._making_guarded = threading.Lock()
 
+    @property
+    def backend_json(self) -> str | None:
+        """The tokenizer as `tokenizers` writes it; None where it is not one of theirs."""
+        return self._backend.to_str() if self._backend is not None else None
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`, with the special tokens that the tokenizer adds by default, or without them. A special token's
         name in the text stands for the token: raw text may have structure.

@@ -22,6 +22,7 @@ ROOMS = {
         "quality",
         "streaming",
         "speed",
+        "control",
         "conversation",
         "lossless",
         "roofline",

@@ -18,7 +18,7 @@ from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch
 from runtime.model.kv_cache import CacheMaker, KVCache
 from runtime.model.rotary import Rotary
-from runtime.model.sampler import Sampled, TokenChooser
+from runtime.model.sampler import Logprobs, Sampled, TokenChooser
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.retention import LayerGroup
@@ -58,8 +58,15 @@ class FreeDecoder(CacheMaker, TokenChooser):
         """Nothing: keys and values stay what they are."""
         return batch
 
-    def choose(self, batch: RowBatch, wanted: NDArray[np.int64], top_k: int, sampled: Sampled | None = None) -> Int32:
-        """As TokenChooser.choose, made up. [R, 1 + top_k]"""
+    def choose(
+        self,
+        batch: RowBatch,
+        wanted: NDArray[np.int64],
+        top_k: int,
+        sampled: Sampled | None = None,
+        logprobs: Logprobs | None = None,
+    ) -> Int32:
+        """As TokenChooser.choose, made up; it has no log-probabilities. [R, 1 + top_k]"""
         started = time.perf_counter()
         tokens, positions, _ = batch.columns.numpy()[:, wanted]
         found = np.empty((len(wanted), 1 + top_k), np.int32)

@@ -85,7 +85,7 @@ def answer(
         "replica_rows": replica_rows.sum(0).tolist() if num_steps else [0] * recorder.lp,
         "largest_rows": int(replica_rows.max(1).sum()) if num_steps else 0,
         "commit_rows": sum(recorder.commit_rows[first:]),
-        "plan_bytes": 4 * wire_layout(engine.config).length,
+        "plan_bytes": 4 * wire_layout(engine.config).usual_length,
         "result_bytes": 4 * sum(recorder.result_words[first:]),
     }
     if recorder.lp == 1:

@@ -57,7 +57,7 @@ def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
 
     settings = Config.load(config, set_ or ())
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    engine = open_engine(settings)  # when the port is had
+    engine = open_engine(settings, prepare=True)  # when the port is had
     serve_until_signal(settings, engine, lambda address: print(f"serving on {address}", flush=True))
 
 
@@ -73,17 +73,18 @@ def generate(
     color: ColorOption = None,
     as_json: JsonOption = False,
     picture: Annotated[
-        Path | None, typer.Option(metavar="FILE.svg", help="Draw the answer, its accepted tokens marked.")
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw the (first) answer, its accepted tokens marked.")
     ] = None,
     *,
     sampling: dict[str, Any],
 ) -> None:
     """Answer one prompt.
 
-    The text streams to standard output; figures go to standard error. In colour: the tokens that a step accepted beside
-    the one that every step gives.
+    The text streams to standard output, further answers (--n) behind it; figures go to standard error. In colour: the
+    tokens that a step accepted beside the one that every step gives.
     """
     from cluster.cli import batch, pictures, terminal
+    from cluster.wire.answers import by_index
 
     if picture is not None:
         pictures.check(picture, address)
@@ -99,21 +100,27 @@ def generate(
         try:
             for chunk in backend.stream(message, defaults["sampling"] | sampling, defaults["lookahead"]):
                 chunks.append(chunk)
-                if stream is not None:
+                if stream is not None and chunk.index == 0:
                     stream.write(chunk)
         except OutriderError:
             if chunks and not as_json:
                 print(flush=True)  # what has come is shown; the error has a line of its own
             raise
-        usage = chunks[-1].usage
-        assert usage is not None
+        answers = by_index(chunks)
         if picture is not None:
             assert tokenizer is not None
-            pictures.save(picture, text, chunks, tokenizer)
+            pictures.save(picture, text, answers[0], tokenizer)
         if as_json:
             streams.print_json(batch.answer(chunks))
-        else:
-            print()
+            return
+        for index, answer in enumerate(answers):
+            if index:  # the first has been shown as it came
+                stream = terminal.TextStream(sys.stdout, terminal.wants_color(sys.stdout, color), tokenizer)
+                for chunk in answer:
+                    stream.write(chunk)
+            print(flush=True)
+            usage = answer[-1].usage
+            assert usage is not None
             print(terminal.summary(usage), file=sys.stderr)
 
 

@@ -6,8 +6,8 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
@@ -45,15 +45,19 @@ def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapper(**arguments: Any) -> None:
         given = {name: arguments.pop(name) for name in fields}
-        command(**arguments, sampling={name: value for name, value in given.items() if value is not None})
+        sampling = {name: value for name, value in given.items() if value is not None}
+        for name, value in sampling.items():
+            if get_origin(fields[name].annotation) is dict:
+                sampling[name] = dict(_pair(name, text) for text in value)
+        command(**arguments, sampling=sampling)
 
     options = []
     for name, field in fields.items():
-        kind: Any = list[int] if get_origin(field.annotation) is tuple else field.annotation
-        assert kind in (int, float, bool) or not isinstance(kind, UnionType)
+        kind, default = _kind(field.annotation), field.get_default(call_default_factory=True)
         # Shown only: the value comes from the config, or from the server.
-        shown = str(field.default) if field.default != () else "none"
-        option = typer.Option(help=field.description, show_default=shown)
+        shown = "none" if default in (None, (), {}) else str(default)
+        metavar = "ID:BIAS" if get_origin(field.annotation) is dict else None
+        option = typer.Option(help=field.description, show_default=shown, metavar=metavar)
         options.append(
             inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
@@ -65,6 +69,28 @@ def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
     wrapper.__annotations__ = {}
     del wrapper.__wrapped__  # typer would read the annotations of what is wrapped
     return wrapper
+
+
+def _kind(annotation: Any) -> Any:
+    """What typer takes an option's values for."""
+    if isinstance(annotation, UnionType):
+        (annotation,) = (kind for kind in get_args(annotation) if kind is not NoneType)
+    if get_origin(annotation) is tuple:
+        return list[get_args(annotation)[0]]  # type: ignore[misc]
+    if get_origin(annotation) is dict:
+        return list[str]
+    assert annotation in (int, float, bool, str), f"{annotation}: no kind of option"
+    return annotation
+
+
+def _pair(name: str, text: str) -> tuple[int, float]:
+    """An entry of a mapping of numbers. Raises ConfigError."""
+    key, _, value = text.partition(":")
+    try:
+        return int(key), float(value)
+    except ValueError:
+        option = f"--{name.replace('_', '-')}"
+        raise ConfigError(option, text, "is not ID:BIAS", f"Write for example {option} 42:-1.5.") from None
 
 
 def request_overrides(config: Path | None, settings: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -82,7 +108,7 @@ def request_overrides(config: Path | None, settings: Sequence[str]) -> dict[str,
         given = getattr(loaded, section)
         overrides[section] = given.model_dump(mode="json", include=given.model_fields_set)
         for name, value in overrides[section].items():
-            if value in (None, []):  # the wire has no way to say so
+            if value in (None, [], {}):  # the wire has no way to say so
                 problem = "cannot be asked of a server, which would take its own default"
                 raise ConfigError(f"{section}.{name}", value, problem, "Leave it out, or give a value.")
     return overrides

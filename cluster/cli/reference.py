@@ -130,6 +130,8 @@ def _type_name(annotation: Any) -> str:
         return "mapping"
     if origin is tuple:
         return f"list of {_PLURALS.get(arguments[0]) or _type_name(arguments[0])}"
+    if origin is dict:
+        return "mapping of token ids to numbers"
     return _NAMES[annotation]
 
 
@@ -141,7 +143,7 @@ def _default(kind: type[Section], key: str, field: FieldInfo) -> str:
     """The value, or for a setting of some cache policies the value of each."""
     values = [(policy, settings[key]) for policy, settings in CACHE_DEFAULTS.items() if key in settings]
     if kind.__name__ != "CacheConfig" or not values:
-        return _value(field.default)
+        return _value(field.get_default(call_default_factory=True))
     if len({_value(value) for _, value in values}) == 1:
         return _value(values[0][1])
     if key == "design":

@@ -15,7 +15,7 @@ from runtime.config import Config
 from runtime.errors import OutriderError, WorkerError
 from runtime.progress import doing
 from runtime.prompts import as_prompt, kind_of
-from runtime.request import FinishReason, Prompt, StepOutput
+from runtime.request import FinishReason, Prompt, StepOutput, forks
 
 if TYPE_CHECKING:
     from runtime.engine.engine import Engine
@@ -73,8 +73,9 @@ class Backend(Protocol):
 
 
 @contextmanager
-def open_engine(config: Config) -> Iterator[Engine]:
-    """An engine in this process: alone where the mesh is 1x1, else with its workers on Ray.
+def open_engine(config: Config, prepare: bool = False) -> Iterator[Engine]:
+    """An engine in this process: alone where the mesh is 1x1, else with its workers on Ray. `prepare`: no request is to
+    wait for what only some need.
 
     What is compiled on a first start is begun first, and waited for where it is needed.
     """
@@ -92,6 +93,8 @@ def open_engine(config: Config) -> Iterator[Engine]:
         from runtime.engine.engine import Engine
 
         with Engine.from_config(config) as engine:
+            if prepare:
+                engine.prepare()
             yield engine
         return
     from cluster.actors.pool import RayPool
@@ -100,6 +103,8 @@ def open_engine(config: Config) -> Iterator[Engine]:
         from runtime.engine.engine import Engine
 
         with Engine.from_config(config, pool) as engine:
+            if prepare:
+                engine.prepare()
             yield engine
 
 
@@ -127,8 +132,7 @@ class InProcess:
                     raise WorkerError("the request was withdrawn")
                 yield chunk
         finally:
-            if not answer.ended:
-                self._loop.cancel(request.request_id)
+            answer.cancel()
 
     def converse(self) -> Conversation:
         return LocalConversation(self.engine, self._loop)
@@ -146,35 +150,55 @@ class _Answer(Iterator[Chunk]):
     """The chunks of a request that an engine loop runs."""
 
     def __init__(self, engine: Engine, loop: EngineLoop, request: Request, session: Session | None = None) -> None:
-        from runtime.tokenizer import Detokenizer
+        from runtime.stops import AnswerText
 
         self.ended = False
         """Whether the last chunk has been read, or an error has come in its place."""
-        self.request_id = request.request_id
+        self._loop, self._request_id = loop, request.request_id
         self._capacity = engine.capacity
         self._session = session
-        self._detokenizer = Detokenizer(engine.tokenizer, request.prompt_ids)
+        requests = forks(request)
+        self._texts = [AnswerText(engine.tokenizer, each.prompt_ids, each.sampling) for each in requests]
         self._outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
-        loop.submit(request, self._outputs.put)
+        self._live: set[str] = set()
+        try:
+            for each in requests:
+                loop.submit(each, self._outputs.put)
+                self._live.add(each.request_id)
+        except BaseException:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """Withdraw what has not ended."""
+        for request_id in self._live:
+            self._loop.cancel(request_id)
 
     def __next__(self) -> Chunk:
         if self.ended:
             raise StopIteration
         output = self._outputs.get()
-        self.ended = output.finish_reason is not None
+        is_last = output.finish_reason is not None
+        if is_last:
+            self._live.discard(output.request_id)
+        self.ended = not self._live
         if output.finish_reason is FinishReason.ERROR:
+            self.ended = True
             raise output.failure if isinstance(output.failure, OutriderError) else WorkerError(output.error)
         if self._session is not None:
             self._session.take(output)
             if output.finish_reason is FinishReason.LENGTH and not output.usage.num_new_tokens:
                 raise cache_is_full(self._capacity)
         return Chunk(
-            request_id=output.request_id,
-            text=self._detokenizer.push(output.text_ids) + (self._detokenizer.flush() if self.ended else ""),
+            request_id=self._request_id,
+            text=self._texts[output.index].push(output),
             token_ids=output.token_ids,
             num_accepted=num_accepted(output),
             finish_reason=output.finish_reason,
-            usage=output.usage if self.ended else None,
+            usage=output.usage if is_last else None,
+            logprobs=output.logprobs,
+            prompt_logprobs=output.prompt_logprobs,
+            index=output.index,
         )
 
 
@@ -209,7 +233,7 @@ class LocalConversation:
 
     def stop(self) -> None:
         if self._answer is not None and not self._answer.ended:
-            self._loop.cancel(self._answer.request_id)
+            self._answer.cancel()
 
     def close(self) -> None:
         self._loop.close_session(self._session)

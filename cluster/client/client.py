@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import grpc
@@ -14,7 +15,7 @@ from cluster.client.address import channel_options, checked
 from cluster.client.conversation import Conversation
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.pb.outrider.v1 import generation_pb2_grpc as pb_grpc
-from cluster.wire.answers import Answer, Chunk, read_chunk
+from cluster.wire.answers import Answer, Chunk, by_index, read_chunk
 from cluster.wire.requests import prompted
 from cluster.wire.statuses import CallError, call_error
 from runtime.errors import InvalidRequestError
@@ -37,6 +38,21 @@ def _checked_timeout(given: Any) -> float | None:
     if isinstance(given, bool) or not isinstance(given, int | float) or not given >= 0:
         raise InvalidRequestError("timeout_s", given, "is no number of seconds", "Give one, or None for no limit.")
     return float(given)
+
+
+def _answer(chunks: Sequence[Chunk]) -> Answer:
+    last = chunks[-1]
+    assert last.finish_reason is not None and last.usage is not None
+    return Answer(
+        request_id=last.request_id,
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        run_lengths=tuple(len(chunk.token_ids) for chunk in chunks if chunk.token_ids),
+        logprobs=tuple(one for chunk in chunks for one in chunk.logprobs),
+        prompt_logprobs=tuple(one for chunk in chunks for one in chunk.prompt_logprobs),
+    )
 
 
 class Stream(Iterator[Chunk]):
@@ -115,17 +131,8 @@ class Client:
     def complete(self, prompt: str | None = None, **arguments: Any) -> Answer:
         """`generate`, waiting for the end. Several threads calling this is how requests run side by side."""
         with self.generate(prompt, **arguments) as stream:
-            chunks = list(stream)
-        last = chunks[-1]
-        assert last.finish_reason is not None and last.usage is not None
-        return Answer(
-            request_id=last.request_id,
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-            finish_reason=last.finish_reason,
-            usage=last.usage,
-            run_lengths=tuple(len(chunk.token_ids) for chunk in chunks if chunk.token_ids),
-        )
+            first, *others = [_answer(chunks) for chunks in by_index(stream)]
+        return replace(first, others=tuple(others))
 
     def server_info(self, timeout_s: float = 10.0) -> pb.GetServerInfoResponse:
         """The server's description. Raises CallError."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import NoReturn
 
 import grpc
 
 from cluster.wire.statuses import status_of
 from runtime.engine.loop import EngineLoop
-from runtime.request import FinishReason, Request, StepOutput
-from runtime.tokenizer import Detokenizer, Tokenizer
+from runtime.request import FinishReason, Request, StepOutput, forks
+from runtime.stops import AnswerText
+from runtime.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -29,33 +31,40 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn
 
 
 async def answer(loop: EngineLoop, tokenizer: Tokenizer, request: Request) -> AsyncGenerator[tuple[StepOutput, str]]:
-    """Run a request: each step's output, and the text that became certain with it.
+    """Run a request: each step's output, of each of its answers, and the text that became certain with it.
 
     Raises what `EngineLoop.submit` raises, NumericsError if the model gives no numbers, and WorkerError if the workers
     fail meanwhile; that the request was cancelled is an output like others. Leaving early (close the iterator)
     withdraws the request.
     """
     events = asyncio.get_running_loop()
-    # At most max_new_tokens outputs ever wait here, so a slow reader holds up nobody but itself.
+    # At most max_new_tokens outputs ever wait here for each answer, so a slow reader holds up nobody but itself.
     outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
-    ended = False
+    live: set[str] = set()
 
     def on_output(output: StepOutput) -> None:
-        nonlocal ended
-        ended = output.finish_reason is not None
+        if output.finish_reason is not None:
+            live.discard(output.request_id)
         events.call_soon_threadsafe(outputs.put_nowait, output)
 
-    loop.submit(request, on_output)
+    requests = forks(request)
     try:
-        detokenizer = Detokenizer(tokenizer, request.prompt_ids)
-        last = False
-        while not last:
+        for each in requests:
+            live.add(each.request_id)
+            try:
+                loop.submit(each, on_output)
+            except BaseException:
+                live.discard(each.request_id)
+                raise
+        shown = [AnswerText(tokenizer, each.prompt_ids, each.sampling) for each in requests]
+        num_unfinished = len(requests)
+        while num_unfinished:
             output = await outputs.get()
             if output.finish_reason is FinishReason.ERROR:
                 assert output.failure is not None
                 raise output.failure
-            last = output.finish_reason is not None
-            yield output, detokenizer.push(output.text_ids) + (detokenizer.flush() if last else "")
+            num_unfinished -= output.finish_reason is not None
+            yield replace(output, request_id=request.request_id), shown[output.index].push(output)
     finally:
-        if not ended:  # else its id may be another's by now
-            loop.cancel(request.request_id)
+        for request_id in list(live):  # the others' ids may be of other requests by now
+            loop.cancel(request_id)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from runtime.errors import ResourceExhaustedError
-from runtime.request import FinishReason, StepOutput, Usage
+from runtime.request import FinishReason, StepOutput, TokenLogprobs, Usage
 
 _FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -29,11 +30,15 @@ class Chunk:
     num_accepted: int
     finish_reason: FinishReason | None
     usage: Usage | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    index: int = 0
+    """Which of the request's n answers this belongs to; each has a last chunk of its own."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole stream."""
+    """A whole answer."""
 
     request_id: str
     text: str
@@ -42,6 +47,18 @@ class Answer:
     usage: Usage
     run_lengths: tuple[int, ...]
     """Tokens of each chunk that had some, in order."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    others: tuple[Answer, ...] = ()
+    """The further ones, where the request asked for n."""
+
+
+def by_index(chunks: Iterable[Chunk]) -> list[list[Chunk]]:
+    """The chunks of each of a request's answers."""
+    found: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        found.setdefault(chunk.index, []).append(chunk)
+    return [found[index] for index in sorted(found)]
 
 
 def num_accepted(output: StepOutput) -> int:
@@ -58,7 +75,7 @@ def cache_is_full(capacity: int) -> ResourceExhaustedError:
 
 def response(output: StepOutput, text: str) -> pb.GenerateResponse:
     """One step's tokens; `output` must not have ended in cancellation or failure (those are statuses)."""
-    return pb.GenerateResponse(request_id=output.request_id, text=text, **_step(output))
+    return pb.GenerateResponse(request_id=output.request_id, text=text, index=output.index, **_step(output))
 
 
 def converse_response(session_id: str, turn_index: int, output: StepOutput, text: str) -> pb.ConverseResponse:
@@ -72,7 +89,22 @@ def _step(output: StepOutput) -> dict[str, Any]:
         "num_accepted": num_accepted(output),
         "finish_reason": _FINISH_REASONS[output.finish_reason],
         "usage": _usage(output.usage) if output.finish_reason is not None else None,
+        "logprobs": map(_logprobs, output.logprobs),
+        "prompt_logprobs": map(_logprobs, output.prompt_logprobs),
     }
+
+
+def _logprobs(found: TokenLogprobs | None) -> pb.TokenLogprobs:
+    if found is None:
+        return pb.TokenLogprobs()
+    top = (pb.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in found.top)
+    return pb.TokenLogprobs(logprob=found.logprob, top=top)
+
+
+def _read_logprobs(sent: pb.TokenLogprobs) -> TokenLogprobs | None:
+    if not sent.HasField("logprob"):
+        return None
+    return TokenLogprobs(sent.logprob, tuple((likely.token_id, likely.logprob) for likely in sent.top))
 
 
 def read_chunk(message: pb.GenerateResponse | pb.ConverseResponse, request_id: str) -> Chunk:
@@ -84,6 +116,9 @@ def read_chunk(message: pb.GenerateResponse | pb.ConverseResponse, request_id: s
         num_accepted=message.num_accepted,
         finish_reason=_FINISH_REASONS_BACK.get(message.finish_reason),
         usage=_read_usage(message.usage) if message.HasField("usage") else None,
+        logprobs=tuple(filter(None, map(_read_logprobs, message.logprobs))),
+        prompt_logprobs=tuple(map(_read_logprobs, message.prompt_logprobs)),
+        index=message.index if isinstance(message, pb.GenerateResponse) else 0,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -75,7 +76,7 @@ def _message(section: str, kind: Any, values: Mapping[str, Any] | None) -> dict[
     if values is None:
         return {}
     if isinstance(values, SamplingParams | LookaheadConfig):
-        values = values.model_dump(include=values.model_fields_set)
+        values = values.model_dump(include=values.model_fields_set, exclude_none=True)
     if not isinstance(values, Mapping):
         problem, remedy = f"is of type {type(values).__name__}", "Hand in a mapping of what differs from the server's."
         raise InvalidRequestError(section, values, problem, remedy)
@@ -99,6 +100,10 @@ def _message(section: str, kind: Any, values: Mapping[str, Any] | None) -> dict[
             raise InvalidRequestError(f"{section}.{name}", value, problem, remedy)
         if isinstance(value, float) and value.is_integer() and known[name].cpp_type in _WHOLE:
             value = int(value)  # as the engine takes it
+        if isinstance(value, Mapping) and known[name].cpp_type == known[name].CPPTYPE_STRING:  # a JSON schema
+            value = json.dumps(value)
+        if isinstance(value, Mapping) and is_map(known[name]):  # keys of JSON are texts
+            value = {int(key) if isinstance(key, str) and key.isdecimal() else key: item for key, item in value.items()}
         try:
             message.MergeFrom(kind(**{name: value}))
         except (TypeError, ValueError) as error:
@@ -129,7 +134,7 @@ def refuse_unknown_fields(message: Message, path: str = "") -> None:
         remedy = "Leave the field out, or use a server as new as the client."
         raise InvalidRequestError(where, f"field {unknown.field_number}", problem, remedy)
     for field, value in message.ListFields():
-        if field.type != field.TYPE_MESSAGE:
+        if field.type != field.TYPE_MESSAGE or is_map(field):
             continue
         name = f"{path}.{field.name}" if path else field.name
         if field.is_repeated:
@@ -179,4 +184,15 @@ def read_lookahead(request: pb.GenerateRequest | pb.Turn, defaults: LookaheadCon
 
 def _set_fields(message: Message) -> dict[str, Any]:
     # Lists cannot say that they are unset, so an empty one keeps the default, as the proto states.
-    return {field.name: tuple(value) if field.is_repeated else value for field, value in message.ListFields()}
+    return {field.name: _value(field, value) for field, value in message.ListFields()}
+
+
+def _value(field: FieldDescriptor, value: Any) -> Any:
+    if not field.is_repeated:
+        return value
+    return dict(value) if is_map(field) else tuple(value)
+
+
+def is_map(field: FieldDescriptor) -> bool:
+    """Whether the field is a map, which a message has as repeated entries."""
+    return field.type == field.TYPE_MESSAGE and field.message_type.GetOptions().map_entry

@@ -21,8 +21,14 @@ BIAS: float
 RUN: float
 """How far a guess behind a guess is trusted beside its own probability."""
 
+MOST_TEXT: int
+"""Tokens of the longest text whose beginning another sequence can have from History."""
+
 def prior(probability: float) -> float:
     """The weight of a feature whose proposals are accepted with this probability when no other source agrees."""
+
+def gumbel(seed: int, position: int, token: int) -> float:
+    """The noise of a token at a position, as runtime.model.sampler.gumbel has it."""
 
 class SequenceRows:
     """The rows of one sequence in one step: a chain of uncached tokens, and guesses that hang on its end."""
@@ -53,8 +59,32 @@ class SequenceRows:
     def add(self, token: int, parent: int, choose: int) -> int:
         """Append a row one position after `parent` (-1: after the cached tokens); returns its index."""
 
+    def score(self, start: int, stop: int) -> None:
+        """Have the chain's rows tell how likely the tokens at positions [start, stop) were, each the one behind it."""
+
     def add_chain(self, tokens: Sequence[int], reaches_end: bool) -> None:
         """The tokens that are not cached yet; with `reaches_end` the last one is the current token."""
+
+class History:
+    """What one sequence's text holds of each token (history.h), by which penalties are counted."""
+
+    def __init__(self) -> None: ...
+    @property
+    def length(self) -> int:
+        """Tokens that are committed."""
+
+    def begin(self, output_start: int) -> None:
+        """An answer begins at this position; what stands before is its prompt."""
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        """The next tokens of the text."""
+
+    def first(self, count: int) -> History:
+        """That of a sequence whose text begins with this one's first `count` tokens, of at most MOST_TEXT."""
+
+    def at(self, rows: Int32, row: int) -> tuple[Int32, Int32]:
+        """Each token of the text that ends in this row of a plan, and how often the answer has it; 0: the prompt alone
+        has it. [n], [n]"""
 
 class Acceptance:
     """Weights of all features (acceptance.h); several sequences may learn the same ones."""
@@ -178,14 +208,49 @@ class RecycleSource(Source):
 
     PRIORS: ClassVar[list[float]]
     def __init__(self, first_feature: int, table: RecycleTable) -> None: ...
+    def sample_by(self, seed: int, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+        """How the sequence's tokens are chosen (noise.h): where by chance, candidates are ranked with the noise."""
+
+class Constraint:
+    """What may follow a sequence's text (constraint.h). A subclass in Python has `mask`."""
+
+    def __init__(self) -> None: ...
+    @property
+    def forced(self) -> int:
+        """The only token that the mask which a tree asked for last allows; -1: there is none, or more."""
+
+    def mask(self, path: Sequence[int]) -> Int32:
+        """What may follow the text and these tokens behind it: bit t % 32 of word t / 32 stands for token t."""
+
+class GrammarSource(Source):
+    """Tokens that a constraint forces: the only ones it allows."""
+
+    PRIORS: ClassVar[list[float]]
+    def __init__(self, first_feature: int) -> None: ...
+    def follow(self, constraint: Constraint | None) -> None:
+        """The constraint that trees have from now on; without one the source is silent."""
 
 class CandidateTree:
     """Candidates below the current token, grown best first (tree.h)."""
 
     def __init__(
-        self, rows: SequenceRows, tail: Sequence[int], max_depth: int, sources: Sequence[Source], judge: Judge
+        self,
+        rows: SequenceRows,
+        tail: Sequence[int],
+        max_depth: int,
+        sources: Sequence[Source],
+        judge: Judge,
+        constraint: Constraint | None = None,
     ) -> None:
-        """`tail`: the text's last tokens, the current one included. No candidate stands deeper than `max_depth`."""
+        """`tail`: the text's last tokens, the current one included. No candidate stands deeper than `max_depth`. What
+        the constraint forbids is no candidate."""
+
+    @property
+    def first_row(self) -> int:
+        """The first candidate's."""
+
+    def masks(self) -> Int32:
+        """What the constraint allows behind the current token, and each candidate. [1 + num_candidates, words]"""
 
     @property
     def rows(self) -> SequenceRows: ...

@@ -14,5 +14,6 @@ NB_MODULE(core, module) {
     bind_rows(module);
     bind_retention(module);
     bind_plan(module);
+    bind_history(module);
     bind_guessing(module);
 }

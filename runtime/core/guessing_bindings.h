@@ -10,6 +10,9 @@
 
 #include "acceptance.h"
 #include "arrays.h"
+#include "constraint.h"
+#include "noise.h"
+#include "plan.h"
 #include "planner.h"
 #include "recycling.h"
 #include "rows.h"
@@ -63,6 +66,21 @@ class PythonSource : public Source {
     void forget(const Tokens& text) override { NB_OVERRIDE(forget, text); }
 };
 
+// A constraint that is written in Python
+class PythonConstraint : public Constraint {
+   public:
+    NB_TRAMPOLINE(Constraint);
+
+    Mask mask(const Tokens& path) override {
+        constexpr const char* name = "mask";
+        const nb::detail::ticket ticket(nb_trampoline, name, nb::detail::str_hash(name), false);
+        if (!ticket.key.is_valid()) throw std::runtime_error("a constraint must have a method mask(path)");
+        const nb::object found = nb_trampoline.base().attr(ticket.key)(nb::cast(path));
+        const auto words = nb::cast<Int32s>(found);
+        return Mask(words.data(), words.data() + words.size());
+    }
+};
+
 // Remember the likeliest tokens, packed [T, k], behind each row that chose one.
 inline void learn_rows(RecycleTable& table, const Rows& rows, const Tokens& before, const Int32s& chosen, const Int32s& top) {
     const auto count = static_cast<size_t>(rows.size());
@@ -99,12 +117,14 @@ inline void bind_rows(nb::module_& module) {
         .def_prop_ro("root_position", [](const Rows& rows) { return rows.positions.at(rows.root); })
         .def("tokens_of", &Rows::tokens_of, nb::arg("rows"))
         .def("add", &Rows::add, nb::arg("token"), nb::arg("parent"), nb::arg("choose"))
+        .def("score", &Rows::score, nb::arg("start"), nb::arg("stop"))
         .def("add_chain", &Rows::add_chain, nb::arg("tokens"), nb::arg("reaches_end"));
 }
 
 inline void bind_guessing(nb::module_& module) {
     module.attr("BIAS") = BIAS;
     module.def("prior", &prior, nb::arg("probability"));
+    module.def("gumbel", &gumbel, nb::arg("seed"), nb::arg("position"), nb::arg("token"));
     module.def("grow", &grow_trees, nb::arg("trees"), nb::arg("num_rows"), nb::arg("seconds"));
 
     nb::class_<Acceptance>(module, "Acceptance")
@@ -207,16 +227,42 @@ inline void bind_guessing(nb::module_& module) {
         .attr("PRIORS") = nb::cast(SuffixSource::priors());
     nb::class_<RecycleSource, Source>(module, "RecycleSource")
         .def(nb::init<int, std::shared_ptr<RecycleTable>>(), nb::arg("first_feature"), nb::arg("table"))
+        .def(
+            "sample_by",
+            [](RecycleSource& source, int64_t seed, double temperature, int64_t top_k, double top_p, double min_p) {
+                source.sampling = {seed, temperature < GREEDY_BELOW ? 0.0 : temperature, top_k, top_p, min_p};
+            },
+            nb::arg("seed"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"))
         .attr("PRIORS") = nb::cast(RecycleSource::priors());
+
+    nb::class_<Constraint, PythonConstraint>(module, "Constraint")
+        .def(nb::init<>())
+        .def_ro("forced", &Constraint::forced)
+        .def("mask", [](Constraint& constraint, const Tokens& path) { return copied(constraint.mask(path)); }, nb::arg("path"));
+    nb::class_<GrammarSource, Source>(module, "GrammarSource")
+        .def(nb::init<int>(), nb::arg("first_feature"))
+        .def("follow", &GrammarSource::follow, nb::arg("constraint").none())
+        .attr("PRIORS") = nb::cast(GrammarSource::priors());
 
     nb::class_<CandidateTree>(module, "CandidateTree")
         .def(
             "__init__",
             [](CandidateTree* self, std::shared_ptr<Rows> rows, const Tokens& tail, int max_depth,
-               std::vector<std::shared_ptr<Source>> sources, std::shared_ptr<Judge> judge) {
-                new (self) CandidateTree(std::move(rows), Tail(tail), max_depth, std::move(sources), std::move(judge));
+               std::vector<std::shared_ptr<Source>> sources, std::shared_ptr<Judge> judge,
+               std::shared_ptr<Constraint> constraint) {
+                new (self) CandidateTree(std::move(rows), Tail(tail), max_depth, std::move(sources), std::move(judge),
+                                         std::move(constraint));
             },
-            nb::arg("rows"), nb::arg("tail"), nb::arg("max_depth"), nb::arg("sources"), nb::arg("judge"))
+            nb::arg("rows"), nb::arg("tail"), nb::arg("max_depth"), nb::arg("sources"), nb::arg("judge"),
+            nb::arg("constraint").none() = nb::none())
+        .def_ro("first_row", &CandidateTree::first_row)
+        .def("masks",
+             [](const CandidateTree& tree) {
+                 const auto& masks = tree.masks();
+                 return made<int32_t>({masks.size(), masks.empty() ? 0 : masks[0].size()}, [&](int32_t* to) {
+                     for (const Mask& mask : masks) to = std::copy(mask.begin(), mask.end(), to);
+                 });
+             })
         .def_ro("rows", &CandidateTree::rows)
         .def_prop_ro("num_candidates", &CandidateTree::num_candidates)
         .def_prop_ro("margin", &CandidateTree::margin)

@@ -18,7 +18,7 @@
 namespace outrider {
 
 enum RowColumn { TOKEN, POSITION, PARENT, CHOOSE, SLOT, OWNER, REPLICAS, ROW_COLUMNS };
-enum SequenceColumn { SEQUENCE_SLOT, ROPE_LENGTH, TEMPERATURE, NUM_COMING = 7, SEQUENCE_COLUMNS };
+enum SequenceColumn { SEQUENCE_SLOT, ROPE_LENGTH, TEMPERATURE, NUM_COMING = 7, IS_CONTROLLED = 13, SEQUENCE_COLUMNS = 15 };
 
 // Temperatures below are 0 (runtime/model/sampler.py).
 constexpr float GREEDY_BELOW = 1e-5f;
@@ -111,7 +111,8 @@ class Share {
             parents[place] = line[PARENT] < 0 ? -1 : index_[line[PARENT]] - runs.back().start;
             if (place >= count || line[CHOOSE] == NOTHING || line[OWNER] != replica) continue;
             const float temperature = std::bit_cast<float>(sequences[sequence * SEQUENCE_COLUMNS + TEMPERATURE]);
-            if (line[CHOOSE] == SAMPLE && temperature >= GREEDY_BELOW) sampled.push_back(std::ssize(wanted));
+            const bool is_controlled = sequences[sequence * SEQUENCE_COLUMNS + IS_CONTROLLED];
+            if (line[CHOOSE] == SAMPLE && (temperature >= GREEDY_BELOW || is_controlled)) sampled.push_back(std::ssize(wanted));
             wanted.push_back(place);
             sequence_of.push_back(sequence);
         }
@@ -124,9 +125,9 @@ class Share {
     std::vector<int64_t> columns;      // [3, P] token, position, and the length that dynamic RoPE scales by
     std::vector<int32_t> parents;      // [P] counted from their run's first row
     std::vector<Run> runs;
-    std::vector<int64_t> wanted;       // [R] rows whose token this replica finds
+    std::vector<int64_t> wanted;       // [R] rows whose logits this replica finds
     std::vector<int64_t> sequence_of;  // [R] lines of `sequences`
-    std::vector<int64_t> sampled;      // those of the R that choose by chance
+    std::vector<int64_t> sampled;      // those of the R that choose by more than the largest logit
 
     std::vector<std::pair<int, int>> turns;  // slots in which a turn begins, and how many tokens it may bring
 

@@ -10,7 +10,7 @@
 namespace outrider {
 
 // runtime.step.Choose: what a row's logits are for.
-enum Choose { NOTHING = 0, SAMPLE = 1, ARGMAX = 2 };
+enum Choose { NOTHING = 0, SAMPLE = 1, ARGMAX = 2, SCORE = 3 };
 
 // The last tokens of a text: what guesses about the next one are made from.
 class Tail {
@@ -74,6 +74,12 @@ class Rows {
             root = parent;
             choose[root] = SAMPLE;
         }
+    }
+
+    // Rows of a prompt, whose tokens have these positions, tell how likely it was.
+    void score(int start, int stop) {
+        for (int row = 0; row < size(); ++row)
+            if (choose[row] == NOTHING && positions[row] + 1 >= start && positions[row] + 1 < stop) choose[row] = SCORE;
     }
 
     std::vector<int> tokens_of(const std::vector<int>& some) const {

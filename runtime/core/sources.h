@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "acceptance.h"
+#include "noise.h"
 #include "recycling.h"
 #include "rows.h"
 
@@ -26,6 +27,9 @@ class Source {
 
     const Extent features;  // the numbers of its features
     bool is_silent = false;  // it has nothing to propose in this step
+
+    // The next tree is for a text whose next token has this position.
+    virtual void begin(int /*position*/) {}
 
     // Tokens that may follow a text that ends in `tail`, of which the last `depth` tokens are guesses
     virtual void propose(const Tail& tail, int depth, Proposals& proposed) = 0;
@@ -254,29 +258,45 @@ class RecycleSource : public Source {
    public:
     static constexpr int ORDERS = RecycleTable::MAX_ORDER + 1;
 
-    // By context (the longest known, or the next), by its length, and by the class of log-probability it gave
+    // By context (the longest known, or the next), by its length, and by the class of log-probability it gave; then the
+    // same where tokens are sampled, by the class of the margin with which the known noise lets a token win
     static std::vector<double> priors() {
         std::vector<double> weights{0.0};  // nothing is known here
-        for (const double place : {1.0, 0.3})
-            for (const double trust : {0.3, 0.5, 0.75, 0.85}) {  // that it holds here, too, by the order
-                for (int kind = 0; kind < CLASSES; ++kind)
-                    weights.push_back(place * prior(trust * std::exp(-(kind + 0.5) * 0.5)));
-                weights.push_back(0.0);  // not among the likeliest
-            }
+        for (const bool is_sampled : {false, true})
+            for (const double place : {1.0, 0.3})
+                for (const double trust : {0.3, 0.5, 0.75, 0.85}) {  // that it holds here, too, by the order
+                    for (int kind = 0; kind < CLASSES; ++kind) {
+                        const double likely = is_sampled ? 1 / (1 + std::exp(-SHARPNESS * margin_of(kind)))
+                                                         : std::exp(-(kind + 0.5) * 0.5);
+                        weights.push_back(place * prior(trust * likely));
+                    }
+                    weights.push_back(0.0);  // not among the likeliest
+                }
         return weights;
     }
 
     RecycleSource(int first_feature, std::shared_ptr<RecycleTable> table)
         : Source(first_feature, static_cast<int>(priors().size())), table_(std::move(table)) {}
 
-    void propose(const Tail& tail, int, Proposals& proposed) override {
+    Sampling sampling;  // how the sequence's tokens are chosen
+
+    void begin(int position) override { position_ = position; }
+
+    void propose(const Tail& tail, int depth, Proposals& proposed) override {
         int place = 0;
         table_->lookup(tail, [&](int order, std::span<const int> likeliest) {
-            const int first = features.first + 1 + (place * ORDERS + order) * (CLASSES + 1);
+            const int group = ((sampling.is_greedy() ? 0 : 2) + place) * ORDERS + order;
+            const int first = features.first + 1 + group * (CLASSES + 1);
             proposed.open(first + CLASSES);
-            for (const int packed : likeliest) {
-                const auto [token, kind] = unpacked(packed);
-                proposed.propose(token, first + kind);
+            if (sampling.is_greedy()) {
+                for (const int packed : likeliest) {
+                    const auto [token, kind] = unpacked(packed);
+                    proposed.propose(token, first + kind);
+                }
+            } else {
+                sampling.margins(likeliest, position_ + depth, margins_);
+                for (size_t i = 0; i < likeliest.size(); ++i)
+                    proposed.propose(unpacked(likeliest[i]).first, first + kind_of(margins_[i]));
             }
             ++place;
         });
@@ -284,6 +304,16 @@ class RecycleSource : public Source {
     }
 
    private:
+    static constexpr double SHARPNESS = 1.2;
+
+    // Classes of margins, half a nat wide and best first; the outer ones are open.
+    static double margin_of(int kind) { return (CLASSES / 2 - 0.5 - kind) * 0.5; }
+    static int kind_of(double margin) {
+        return static_cast<int>(std::clamp(std::floor(CLASSES / 2 - margin / 0.5), 0.0, CLASSES - 1.0));
+    }
+
+    int position_ = 0;  // of the token that follows the text
+    std::vector<double> margins_;
     std::shared_ptr<RecycleTable> table_;
 };
 

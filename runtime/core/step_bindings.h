@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "arrays.h"
+#include "history.h"
 #include "keys.h"
 #include "plan.h"
 #include "retention.h"
@@ -150,6 +151,24 @@ inline void bind_retention(nb::module_& module) {
         .def("full_at", [](const Ledger& ledger, const Tokens& tokens) { return ledger.full_at(tokens); }, nb::arg("tokens"))
         .def("begin_turn", &Ledger::begin_turn, nb::arg("num_coming"))
         .def("commit", [](Ledger& ledger, const Tokens& tokens) { ledger.commit(tokens); }, nb::arg("tokens"));
+}
+
+inline void bind_history(nb::module_& module) {
+    module.attr("MOST_TEXT") = History::MOST_TEXT;
+    nb::class_<History>(module, "History")
+        .def(nb::init<>())
+        .def_prop_ro("length", &History::length)
+        .def("begin", &History::begin, nb::arg("output_start"))
+        .def("first", &History::first, nb::arg("count"))
+        .def("commit", [](History& history, const Tokens& tokens) { history.commit(tokens); }, nb::arg("tokens"))
+        .def(
+            "at",
+            [](History& history, const Int32s& rows, int row) {
+                if (row < 0 || static_cast<size_t>(row) >= rows.shape(0)) throw std::out_of_range("no such row");
+                const auto found = history.at(span_of(rows), row);
+                return std::pair(copied(found.tokens), copied(found.counts));
+            },
+            nb::arg("rows"), nb::arg("row"));
 }
 
 inline void bind_plan(nb::module_& module) {

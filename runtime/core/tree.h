@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "acceptance.h"
+#include "constraint.h"
 #include "rows.h"
 #include "sources.h"
 
@@ -24,16 +25,19 @@ class CandidateTree {
    public:
     // `tail`: what the text ends in, the current token included. No candidate stands deeper than `max_depth`.
     CandidateTree(std::shared_ptr<Rows> rows, const Tail& tail, int max_depth,
-                  std::vector<std::shared_ptr<Source>> sources, std::shared_ptr<Judge> judge)
+                  std::vector<std::shared_ptr<Source>> sources, std::shared_ptr<Judge> judge,
+                  std::shared_ptr<Constraint> constraint = nullptr)
         : rows(std::move(rows)),
           first_row(this->rows->size()),
           max_depth_(max_depth),
           sources_(std::move(sources)),
-          judge_(std::move(judge)) {
+          judge_(std::move(judge)),
+          constraint_(std::move(constraint)) {
         nodes_.reserve(128);
         proposals_.proposals.reserve(2048);
         guesses_.reserve(2048);
-        add_node(tail, 0, 1.0);
+        for (const auto& source : sources_) source->begin(this->rows->positions[this->rows->root] + 1);
+        add_node(-1, tail, 0, 1.0);
     }
 
     const std::shared_ptr<Rows> rows;
@@ -55,7 +59,7 @@ class CandidateTree {
         const int token = guesses_[nodes_[best.node].guesses.first + best.index].token;
         rows->add(token, row_of(best.node), SAMPLE);
         offer(best.node, best.index + 1);
-        const int child = add_node(nodes_[best.node].tail.followed_by(token), nodes_[best.node].depth + 1,
+        const int child = add_node(best.node, nodes_[best.node].tail.followed_by(token), nodes_[best.node].depth + 1,
                                    best.probability);
         nodes_[child].sibling = std::exchange(nodes_[best.node].child, child);
     }
@@ -70,9 +74,13 @@ class CandidateTree {
         for (Node& node : nodes_)
             while (node.child > count) node.child = nodes_[node.child].sibling;
         nodes_.erase(nodes_.begin() + count + 1, nodes_.end());
+        if (constraint_) masks_.erase(masks_.begin() + count + 1, masks_.end());
         rows->truncate(first_row + count);
         frontier_.clear();
     }
+
+    // What the constraint allows behind the current token, and behind each candidate; none without one
+    const std::vector<Mask>& masks() const { return masks_; }
 
     // Follow the tokens the model chose as far as the tree holds them.
     //
@@ -121,6 +129,7 @@ class CandidateTree {
    private:
     // The current token, or a candidate, and what may follow it. Node 0 is the root; candidates follow in row order.
     struct Node {
+        int parent;
         Tail tail;
         int depth;
         double probability;  // of being accepted: the product along the path, before it is calibrated
@@ -145,15 +154,27 @@ class CandidateTree {
 
     int row_of(int node) const { return node == 0 ? rows->root : first_row + node - 1; }
 
-    int add_node(const Tail& tail, int depth, double probability) {
+    int add_node(int parent, const Tail& tail, int depth, double probability) {
         const int node = static_cast<int>(nodes_.size());
+        if (constraint_) {
+            std::vector<int> path;
+            for (int above = parent, row = row_of(node); above >= 0; row = row_of(above), above = nodes_[above].parent)
+                path.push_back(rows->tokens[row]);
+            std::ranges::reverse(path);
+            masks_.push_back(constraint_->mask(path));
+            constraint_->forced = only_token(masks_.back());
+        }
         Extent lists{static_cast<int>(proposals_.lists.size()), 0}, guesses{static_cast<int>(guesses_.size()), 0};
         for (const auto& source : sources_)
             if (!source->is_silent) source->propose(tail, depth, proposals_);
         lists.last = static_cast<int>(proposals_.lists.size());
         judge_->judge(proposals_, lists, depth > 0, guesses_);
+        if (constraint_)
+            guesses_.erase(std::remove_if(guesses_.begin() + guesses.first, guesses_.end(),
+                                          [&](const Guess& guess) { return !allows(masks_.back(), guess.token); }),
+                           guesses_.end());
         guesses.last = static_cast<int>(guesses_.size());
-        nodes_.push_back({tail, depth, probability, lists, guesses});
+        nodes_.push_back({parent, tail, depth, probability, lists, guesses});
         if (depth < max_depth_) offer(node, 0);
         return node;
     }
@@ -186,6 +207,8 @@ class CandidateTree {
     int max_depth_;
     std::vector<std::shared_ptr<Source>> sources_;
     std::shared_ptr<Judge> judge_;
+    std::shared_ptr<Constraint> constraint_;
+    std::vector<Mask> masks_;  // of the nodes
     std::vector<Node> nodes_;
     std::vector<Offer> frontier_;
     Proposals proposals_;         // of all nodes

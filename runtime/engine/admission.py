@@ -18,6 +18,9 @@ class Admission:
     def admit(self, request: Request) -> None:
         """Take a request in, until `end`. Raises DuplicateRequestError where its id is in use, ResourceExhaustedError
         where the queue is full, InvalidRequestError where its conversation cannot take a turn."""
+        if request.sampling.n > 1:
+            problem, remedy = "is more than one request", "Add what runtime.request.forks makes of it."
+            raise InvalidRequestError("sampling.n", request.sampling.n, problem, remedy)
         if request.request_id in self._requests:
             problem, remedy = "is the id of a request that is still running", "Give each request its own id."
             raise DuplicateRequestError("request_id", request.request_id, problem, remedy)

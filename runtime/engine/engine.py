@@ -17,8 +17,11 @@ import torch
 
 from runtime.config import Config, LookaheadConfig, SamplingParams, Section
 from runtime.core import Bigrams
+from runtime.engine import logprobs
 from runtime.engine.admission import Admission
-from runtime.engine.scheduler import TOP_K, Scheduler, Step
+from runtime.engine.grammar import Grammar, Grammars
+from runtime.engine.logprobs import PromptLogprobs
+from runtime.engine.scheduler import TOP_K, Part, Scheduler, Step
 from runtime.engine.session import Session
 from runtime.engine.turn import Turn
 from runtime.errors import ConfigError, InvalidRequestError, NumericsError, WorkerError
@@ -27,10 +30,11 @@ from runtime.model.directory import checked_model, for_model
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.prompts import as_prompt, as_prompts, kind_of
-from runtime.request import CacheReport, Completion, FinishReason, Prompt, Request, StepOutput
+from runtime.request import CacheReport, Completion, FinishReason, Prompt, Request, StepOutput, TokenLogprobs, forks
 from runtime.retention import with_separator_ids
-from runtime.step import StepPlan, StepResult
-from runtime.tokenizer import Detokenizer, Tokenizer
+from runtime.step import Choose, Int32, StepPlan, StepResult
+from runtime.stops import AnswerText, StopWatch
+from runtime.tokenizer import Tokenizer
 from runtime.tuning import choose, cost, priming
 from runtime.tuning.cost import CostCurve, Measurement, RunningCost
 from runtime.workers.executor import Executor, LocalExecutor, MeshExecutor, WorkerPool
@@ -74,7 +78,9 @@ class Engine:
         self.config, self.spec, self.tokenizer = config, spec, tokenizer
         self.stats = EngineStats()
         self.executor = executor
-        self._scheduler = Scheduler(config, spec, executor.num_pages)
+        self._scheduler = Scheduler(config, spec, executor.num_pages, self._beside)
+        self._grammars = Grammars(tokenizer, spec.vocab_size, spec.eos_token_ids)
+        self._prompt_logprobs = PromptLogprobs()
         self._admission = Admission(config.scheduler)
         self._measuring: Measuring | None = None
         self._measure_after = 0.0  # time.monotonic()
@@ -136,9 +142,14 @@ class Engine:
     def knowledge(self, knowledge: Knowledge) -> None:
         self._scheduler.knowledge = knowledge
 
+    def prepare(self) -> None:
+        """Make now what the first request for structured output would make, holding all others up for a second."""
+        self._grammars.prepare()
+
     def measure_cost(self) -> CostCurve:
         """Measure the cost curve anew, keep it and plan by it. Nothing may be running."""
         assert not self.has_work, "the measurement writes over a slot"
+        self._scheduler.forget_texts()
         curve = cost.measure(self.executor, self.config, self.spec, TOP_K)
         self.use_curve(curve)
         return curve
@@ -156,6 +167,7 @@ class Engine:
             measurement = Measurement(self.executor, self.config, self.spec, TOP_K, longest_s=LONGEST_ASIDE_S)
             self._measuring = measurement, measurement.steps()
         measurement, steps = self._measuring
+        self._scheduler.forget_texts()
         if next(steps, steps) is None:
             return True
         self._measuring = None
@@ -198,6 +210,9 @@ class Engine:
         goes_on = session is not None and session.num_turns > 0
         prompt = as_prompt(prompt)
         sampling = _parameters("sampling", sampling, self.config.sampling)
+        if session is not None and sampling.n > 1:
+            problem, remedy = "a turn of a conversation has one answer", "Leave it out, or ask outside a conversation."
+            raise InvalidRequestError("sampling.n", sampling.n, problem, remedy)
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, add_special_tokens=not goes_on)
         elif kind_of(prompt) == "messages":
@@ -207,6 +222,8 @@ class Engine:
             sampling = self._ended_by_turn(sampling)
         else:
             ids = list(prompt)  # type: ignore[arg-type]
+        if sampling.structure is not None:
+            sampling = self._ended_by_turn(sampling)  # a form's text may end with any end token
         request = Request(
             request_id=request_id if request_id is not None else f"request-{next(self._ids)}",
             prompt_ids=tuple(ids),
@@ -218,8 +235,8 @@ class Engine:
         return replace(request, is_checked=True)
 
     def _ended_by_turn(self, sampling: SamplingParams) -> SamplingParams:
-        """In a chat, the token with which the chat template ends an answer ends it, whether or not the model's
-        configs know of it."""
+        """The token with which the chat template ends an answer ends it, whether or not the model's configs know of
+        it."""
         end = self.tokenizer.turn_end_id
         if (
             end is None
@@ -239,7 +256,12 @@ class Engine:
             raise InvalidRequestError("prompt", "", "is empty", "Send at least one token.")
         if self.config.cache.policy == "full" and len(ids) > self.capacity:
             raise self._too_long(len(ids))  # before its tokens are looked at, which may be millions
-        for field_name, values in (("token_ids", ids), ("sampling.stop_token_ids", request.sampling.stop_token_ids)):
+        named = (
+            ("token_ids", ids),
+            ("sampling.stop_token_ids", request.sampling.stop_token_ids),
+            ("sampling.logit_bias", tuple(request.sampling.logit_bias)),
+        )
+        for field_name, values in named:
             if set(map(type, values)) == {int} and min(values) >= 0 and max(values) < self.spec.vocab_size:
                 continue  # none is to blame
             for token in values:
@@ -253,6 +275,7 @@ class Engine:
             problem = f"with the prompt's {len(ids)} tokens they exceed what eviction per turn makes room for, {room}"
             remedy = "Lower it, shorten the prompt, enlarge the cache, or set cache.evict to token."
             raise InvalidRequestError("sampling.max_new_tokens", request.sampling.max_new_tokens, problem, remedy)
+        self._grammars.grammar(request.sampling)
         rows = request.lookahead.window_rows
         if not request.lookahead.planner and rows > self.config.scheduler.max_rows:
             problem = f"the window takes {rows} rows, and a step holds {self.config.scheduler.max_rows}"
@@ -342,6 +365,7 @@ class Engine:
             for output in outputs:
                 if output.finish_reason is not None:
                     self._admission.end(output.request_id)
+                    self._prompt_logprobs.drop(output.request_id)
                 if output.request_id in self._inboxes:
                     self._inboxes[output.request_id].append(output)
             return [output for output in outputs if output.request_id not in self._inboxes]
@@ -358,7 +382,7 @@ class Engine:
         outputs = self._drop_aborted() if self._aborted else []
         for request in self._scheduler.admit():
             usage = self._scheduler.unread(request)
-            outputs.append(StepOutput(request.request_id, (), usage, FinishReason.LENGTH))
+            outputs.append(StepOutput(request.request_id, (), usage, FinishReason.LENGTH, index=request.index))
         step = self._scheduler.plan()
         if step is None:
             return outputs
@@ -388,14 +412,55 @@ class Engine:
             sequence = part.sequence
             rows = slice(part.start, part.start + len(part.rows))
             emitted, reason = sequence.accept(chosen[rows], result.top[rows], now_s)
+            failure: Exception | None = NumericsError(NO_NUMBERS) if reason is FinishReason.ERROR else None
+            grammar = sequence.constraint
+            if isinstance(grammar, Grammar):
+                grammar.accept(emitted)
+                if grammar.error is not None and reason is None:
+                    emitted, reason, failure = [], FinishReason.ERROR, _too_complex(sequence.request, grammar.error)
             self._scheduler.commit(step, part)
+            of_tokens, of_prompt = self._read_logprobs(part, result.logprobs[rows], len(emitted))
             if reason is not None:
-                self._scheduler.release(sequence.slot)
+                self._scheduler.release(sequence.slot, is_sound=reason is not FinishReason.ERROR)
             self.stats.num_tokens += len(emitted)
             if emitted or reason is not None:
-                failure = NumericsError(NO_NUMBERS) if reason is FinishReason.ERROR else None
-                outputs.append(StepOutput(sequence.request.request_id, tuple(emitted), sequence.usage, reason, failure))
+                outputs.append(
+                    StepOutput(
+                        sequence.request.request_id,
+                        tuple(emitted),
+                        sequence.usage,
+                        reason,
+                        index=sequence.request.index,
+                        is_stopped=sequence.is_stopped,
+                        logprobs=of_tokens,
+                        prompt_logprobs=of_prompt,
+                        failure=failure,
+                    )
+                )
         return outputs
+
+    def _read_logprobs(
+        self, part: Part, words: Int32, num_emitted: int
+    ) -> tuple[tuple[TokenLogprobs, ...], tuple[TokenLogprobs | None, ...]]:
+        """Those of the tokens that a step emitted, whose rows are the last that it accepted; and with the first ones
+        those of the prompt."""
+        sampling, request = part.sequence.request.sampling, part.sequence.request
+        found: tuple[TokenLogprobs, ...] = ()
+        of_prompt: tuple[TokenLogprobs | None, ...] = ()
+        if sampling.logprobs is not None and num_emitted:
+            decided = part.sequence.commit_rows[-num_emitted:]
+            found = tuple(logprobs.read(words[row], sampling.logprobs) for row in decided)
+        if sampling.prompt_logprobs is not None and part.sequence.usage.num_new_tokens == num_emitted:
+            scored = [row for row, kind in enumerate(part.rows.choose) if kind == Choose.SCORE]
+            self._prompt_logprobs.add(request.request_id, words[scored], sampling.prompt_logprobs)
+            if num_emitted:
+                of_prompt = self._prompt_logprobs.take(request.request_id, len(request.prompt_ids))
+        return found, of_prompt
+
+    def _beside(self, request: Request) -> tuple[StopWatch | None, Grammar | None]:
+        """What looks at an answer's text, and what its text is bound to."""
+        watch = StopWatch(self.tokenizer, request) if request.sampling.stop else None
+        return watch, self._grammars.grammar(request.sampling)
 
     def _account(self, step: StepPlan, seconds: dict[str, float], plan: float, verify: float) -> None:
         self.stats.num_steps += 1
@@ -432,14 +497,15 @@ class Engine:
         sampling: SamplingParams | Mapping[str, Any] | None = None,
         lookahead: LookaheadConfig | Mapping[str, Any] | None = None,
     ) -> list[Completion]:
-        """Continue every prompt, all in company; answers come in the order of the prompts, for one prompt as a list of
-        one.
+        """Continue every prompt, all in company; answers come in the order of the prompts, n of each, for one prompt as
+        a list.
 
         A prompt is a text, token ids (a list, numpy's or torch's array of one dimension), or chat messages. Where the
         model gives no numbers for one, its finish reason is ERROR and its `error` says so; the others go on. Raises
         InvalidRequestError before anything has run, WorkerError if the workers fail.
         """
-        requests = [self.make_request(prompt, sampling, lookahead) for prompt in as_prompts(prompts)]
+        asked = [self.make_request(prompt, sampling, lookahead) for prompt in as_prompts(prompts)]
+        requests = [each for request in asked for each in forks(request)]
         runs: dict[str, list[StepOutput]] = {request.request_id: [] for request in requests}
         pending = deque(requests)
         with self._expecting(runs):
@@ -458,20 +524,23 @@ class Engine:
         lookahead: LookaheadConfig | Mapping[str, Any] | None = None,
         session: Session | None = None,
     ) -> Iterator[StepOutput]:
-        """Continue one prompt, as in `generate`, step by step, as the next turn of `session` if there is one.
+        """Continue one prompt, as in `generate`, step by step, as the next turn of `session` if there is one. With n
+        answers, each output says by its index to which it belongs.
 
         Leaving the iterator early withdraws the request.
         """
         request = self.make_request(prompt, sampling, lookahead, session=session)
-        with self._expecting([request.request_id]) as expected:
-            self.add_request(request)
-            while True:
+        requests = forks(request)
+        num_live = len(requests)
+        with self._expecting(each.request_id for each in requests) as expected:
+            for each in requests:
+                self.add_request(each)
+            while num_live:
                 for output in self._next_of(expected):
                     if session is not None:
                         session.take(output)
+                    num_live -= output.finish_reason is not None
                     yield output
-                    if output.finish_reason is not None:
-                        return
 
     @contextmanager
     def _expecting(self, request_ids: Iterable[str]) -> Iterator[list[str]]:
@@ -504,10 +573,19 @@ class Engine:
         last = run[-1]
         assert last.finish_reason is not None
         lengths = tuple(len(output.token_ids) for output in run if output.token_ids)
-        detokenizer = Detokenizer(self.tokenizer, request.prompt_ids)
-        text = detokenizer.push(token for output in run for token in output.text_ids) + detokenizer.flush()
+        shown = AnswerText(self.tokenizer, request.prompt_ids, request.sampling)
         return Completion(
-            request.request_id, request.prompt_ids, ids, text, last.finish_reason, last.usage, lengths, last.error
+            request.request_id,
+            request.prompt_ids,
+            ids,
+            "".join(map(shown.push, run)),
+            last.finish_reason,
+            last.usage,
+            lengths,
+            last.error,
+            tuple(one for output in run for one in output.logprobs),
+            run[0].prompt_logprobs,
+            request.index,
         )
 
     def close(self) -> None:
@@ -521,6 +599,15 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _too_complex(request: Request, problem: str) -> InvalidRequestError:
+    """The error of a request whose grammar turned out to take too much."""
+    structure = request.sampling.structure
+    assert structure is not None
+    kind, text = structure
+    brief = problem.strip().splitlines()[0][:200]
+    return InvalidRequestError(f"sampling.{kind}", text, f"is too complex to go on with ({brief})", "Simplify it.")
 
 
 def _parameters(name: str, given: S | Mapping[str, Any] | None, defaults: S) -> S:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, replace
 
@@ -11,19 +11,24 @@ import numpy as np
 
 from runtime import core
 from runtime.config import Config
-from runtime.core import CandidateTree, SequenceRows
+from runtime.core import CandidateTree, Constraint, SequenceRows
 from runtime.engine.memory import PageMemory
+from runtime.engine.reuse import Place, TextsLeft
 from runtime.errors import ResourceExhaustedError
 from runtime.lookahead.knowledge import Knowledge
-from runtime.lookahead.sequence import Sequence, StepRows
+from runtime.lookahead.sequence import Sequence, StepRows, Watch
+from runtime.mesh.device import pick_device
 from runtime.model.spec import ModelSpec
 from runtime.request import Request, Usage
 from runtime.retention import Ledger, layer_groups
-from runtime.step import Int32, Seq, StepPlan
+from runtime.step import FOREVER, MASK_WORDS, Bias, Int32, Seq, StepPlan
 from runtime.tuning.cost import RunningCost, assumed
 
 TOP_K = 8
 """Likeliest tokens that a row gives for the recycle table, as in the paper."""
+
+
+Beside = tuple[Watch | None, Constraint | None]
 
 
 @dataclass
@@ -48,9 +53,16 @@ class Step:
 class Scheduler:
     """Slots, the queue before them, and the rows of each step."""
 
-    def __init__(self, config: Config, spec: ModelSpec, num_pages: Listing[int] | None = None) -> None:
-        """`num_pages`: of the workers' caches, where sequences share them (runtime.engine.memory)."""
-        self.config, self.spec = config, spec
+    def __init__(
+        self,
+        config: Config,
+        spec: ModelSpec,
+        num_pages: Listing[int] | None = None,
+        beside: Callable[[Request], Beside] = lambda _: (None, None),
+    ) -> None:
+        """`num_pages`: of the workers' caches, where sequences share them (runtime.engine.memory). `beside`: what looks
+        at the text of a request's answer, and what its text is bound to."""
+        self.config, self.spec, self._beside = config, spec, beside
         self.capacity = config.cache.slot_capacity(spec.max_positions)
         self.layer_groups = layer_groups(config.cache, spec.num_layers, spec.max_positions)
         self.waiting: deque[Request] = deque()
@@ -64,6 +76,10 @@ class Scheduler:
         """What a step costs by its rows."""
         self.memory = PageMemory(num_pages, self.layer_groups, config.scheduler.max_rows)
         self._emptied: dict[int, None] = {}  # slots given away since the last plan, or whose memory others may have
+        self._reused: list[tuple[int, int, int]] = []  # of slots given away, lines of StepPlan.reuses
+        self._texts = TextsLeft()
+        keeps_all = config.cache.policy == "full" and spec.rope.dynamic is None and not self.memory.is_shared
+        self._reuses = config.scheduler.prefix_reuse and keeps_all and pick_device(config, 0).type == "cpu"
         self._lines: dict[int, tuple[Request, Int32]] = {}  # by slot: the parameters of what runs there
         self._commits: dict[int, Int32] = {}  # by slot, what the next plan commits: [C, len(Commit)]
 
@@ -79,7 +95,7 @@ class Scheduler:
         """End a conversation. Its slot is free, at once or when its turn, whose request id is returned, is dropped."""
         sequence = self.sessions.pop(session_id)
         if sequence is not None and sequence.slot not in self.running:
-            self._empty(sequence.slot)
+            self._leave(sequence)
         live = (*self.waiting, *(sequence.request for sequence in self.running.values()))
         return next((request.request_id for request in live if request.session_id == session_id), None)
 
@@ -104,18 +120,34 @@ class Scheduler:
         seen = sequence.ledger.length if sequence is not None else 0
         return Usage(num_prompt_tokens=len(request.prompt_ids), num_seen_tokens=seen)
 
-    def release(self, slot: int) -> None:
-        """The request in `slot` has ended; a conversation stays where it is."""
+    def forget_texts(self) -> None:
+        """Slots without a sequence are to be written over, by steps that are not planned here."""
+        self._texts.clear()
+        self._commits.clear()
+
+    def release(self, slot: int, is_sound: bool = True) -> None:
+        """The request in `slot` has ended; a conversation stays where it is. `is_sound`: what it has in the cache is
+        numbers."""
         sequence = self.running.pop(slot)
         if sequence not in self.sessions.values():
-            self._empty(slot)
+            self._leave(sequence, is_sound)
 
-    def _empty(self, slot: int) -> None:
-        """The slot's sequence has ended."""
-        self._commits.pop(slot, None)
-        self.memory.give_back(slot)
+    def _leave(self, sequence: Sequence, is_sound: bool = True) -> None:
+        """The sequence is over; another may begin with what is in its slot."""
+        if self._reuses and is_sound and sequence.is_sound:
+            self._texts.leave(sequence.slot, sequence.cached_text)
+        else:
+            self._commits.pop(sequence.slot, None)
+        self.memory.give_back(sequence.slot)
         if self.memory.is_shared:
-            self._emptied[slot] = None
+            self._emptied[sequence.slot] = None
+
+    def _place(self, request: Request, free: deque[int]) -> Place | None:
+        """The slot that a new request gets; None: it waits."""
+        if not self._reuses or request.sampling.prompt_logprobs is not None:
+            return Place(free[0])
+        others = ((slot, other.text, other.num_cached) for slot, other in self.running.items() if other.is_sound)
+        return self._texts.place(np.asarray(request.prompt_ids, np.int64), free, others)
 
     @property
     def can_step(self) -> bool:
@@ -155,7 +187,7 @@ class Scheduler:
         for request in waiting:
             sequence = self._conversation_of(request)
             if sequence is not None:
-                sequence.begin_turn(request)
+                sequence.begin_turn(request, *self._beside(request))
                 if sequence.is_full:
                     sequence.withdraw_turn()
                     refused.append(request)
@@ -164,13 +196,17 @@ class Scheduler:
             elif free and not self.memory.fits(request):
                 free.clear()
                 self.waiting.append(request)
-            elif free:
-                slot = free.popleft()
+            elif free and (place := self._place(request, free)) is not None:
+                slot = place.slot
+                free.remove(slot)
+                self._texts.take(slot)
                 self.memory.promise(slot, request)
-                sequence = self.running[slot] = Sequence(
-                    request, slot, self.make_ledger(), self.spec.eos_token_ids, self.knowledge
-                )
-                self._emptied[slot] = None
+                kinds = self.make_ledger(), self.spec.eos_token_ids, self.knowledge, *self._beside(request)
+                sequence = self.running[slot] = Sequence(request, slot, *kinds, num_reused=place.length)
+                if place.length:
+                    self._reused.append((slot, place.source, place.length))
+                else:
+                    self._emptied[slot] = None
                 if request.session_id is not None:
                     self.sessions[request.session_id] = sequence
             else:
@@ -198,6 +234,8 @@ class Scheduler:
             limit = max_rows if prompts == len(sequences) else max(max_rows // 2, prompts)
             prompt_rows = min(sum(count for count in uncached if count > 1), limit)
         guess_rows = (max_rows - (len(sequences) - prompts) - prompt_rows) // len(sequences)
+        num_bound = sum(sequence.constraint is not None for sequence in sequences)
+        mask_room = MASK_WORDS // (-(-self.spec.vocab_size // 32) * max(num_bound, 1))
         steps: list[StepRows] = []
         trees: list[tuple[CandidateTree, int]] = []
         num_rows = 0
@@ -210,6 +248,8 @@ class Scheduler:
             lookahead = sequence.request.lookahead
             most = lookahead.row_budget or max_rows if lookahead.planner else lookahead.fixed_rows
             room = min(guess_rows, most - 1)
+            if sequence.constraint is not None:
+                room = min(room, mask_room)
             step = sequence.plan(chain, room)
             steps.append(step)
             if step.tree is not None:
@@ -229,21 +269,31 @@ class Scheduler:
         num_replicas = self.config.parallel.lp
         if trees and num_replicas > 1 and not self.cost.shares[num_rows]:
             num_replicas = 1
-        return Step(self._assemble(parts, num_replicas), parts, is_decoding=num_prompts == 0)
+        plan = self._assemble(parts, num_replicas)
+        if num_bound:
+            _bind(plan, parts, steps)
+        return Step(plan, parts, is_decoding=num_prompts == 0)
 
     def _assemble(self, parts: list[Part], num_replicas: int) -> StepPlan:
         sequences = [part.sequence for part in parts]
         rows = core.assemble([(part.rows, part.sequence.slot) for part in parts], num_replicas)
         plan = StepPlan(rows, self._parameters(sequences))
+        beginning = [biases_of(sequence, self.spec.eos_token_ids) for sequence in sequences if sequence.num_coming]
+        if any(map(len, beginning)):
+            plan.biases = np.concatenate(beginning)
         if self._commits:
             commits = [self._commits[slot] for slot in sorted(self._commits)]
             plan.commits = np.concatenate(commits) if len(commits) > 1 else commits[0]
         if self._emptied:
             plan.resets = np.array(list(self._emptied), np.int32)
+        if self._reused:
+            plan.reuses = np.array(self._reused, np.int32)
         for sequence in sequences:
             if sequence.wants_top:
                 plan.top_k = TOP_K
-        self._emptied, self._commits = {}, {}
+            if (asked := sequence.request.sampling.num_logprobs) is not None:
+                plan.num_logprobs = max(asked, plan.num_logprobs or 0)
+        self._emptied, self._reused, self._commits = {}, [], {}
         return plan
 
     def commit(self, step: Step, part: Part) -> None:
@@ -264,9 +314,30 @@ class Scheduler:
             if kept is None or kept[0] is not sequence.request:
                 kept = self._lines[sequence.slot] = sequence.request, _line(sequence)
             lines[index] = kept[1]
+            lines[index, Seq.NEXT_TOKEN] = sequence.next_token
             if sequence.num_coming:
                 lines[index, Seq.NUM_COMING] = min(sequence.num_coming, 2**31 - 1)
         return lines
+
+
+def _bind(plan: StepPlan, parts: list[Part], steps: list[StepRows]) -> None:
+    """Give the plan what constraints allow behind the rows that choose a token of the text. Equal masks go once."""
+    known: dict[bytes, int] = {}
+    masks: list[Int32] = []
+    masked: list[tuple[int, int]] = []
+    for part, step in zip(parts, steps, strict=True):
+        constraint, root = part.sequence.constraint, part.rows.root
+        if constraint is None or root < 0:
+            continue
+        found = step.tree.masks() if step.tree is not None else constraint.mask([])[None]
+        first = step.tree.first_row if step.tree is not None else 0
+        for row, mask in zip([root, *range(first, first + len(found) - 1)], found, strict=True):
+            number = known.setdefault(mask.tobytes(), len(masks))
+            if number == len(masks):
+                masks.append(mask)
+            masked.append((part.start + row, number))
+    if masks:
+        plan.masks, plan.masked = np.stack(masks), np.array(masked, np.int32)
 
 
 def _line(sequence: Sequence) -> Int32:
@@ -274,9 +345,31 @@ def _line(sequence: Sequence) -> Int32:
     sampling = sequence.request.sampling
     line = np.zeros(len(Seq), np.int32)
     line[Seq.SLOT], line[Seq.ROPE_LENGTH] = sequence.slot, sequence.rope_length
-    line[Seq.TEMPERATURE] = np.float32(sampling.temperature).view(np.int32)
     line[Seq.TOP_K] = min(sampling.top_k, 2**31 - 1)
-    line[Seq.TOP_P] = np.float32(sampling.top_p).view(np.int32)
     line[Seq.SEED_LOW] = sampling.seed & 0x7FFFFFFF
     line[Seq.SEED_HIGH] = np.uint32(sampling.seed >> 31).view(np.int32)
+    reals = {
+        Seq.TEMPERATURE: sampling.temperature,
+        Seq.TOP_P: sampling.top_p,
+        Seq.MIN_P: sampling.min_p,
+        Seq.REPETITION: sampling.repetition_penalty,
+        Seq.PRESENCE: sampling.presence_penalty,
+        Seq.FREQUENCY: sampling.frequency_penalty,
+    }
+    for column, value in reals.items():
+        line[column] = np.float32(value).view(np.int32)
+    line[Seq.OUTPUT_START] = min(sequence.output_start, FOREVER)
+    adds = sampling.has_penalties or bool(sampling.logit_bias) or sampling.min_new_tokens > 0
+    line[Seq.IS_CONTROLLED] = adds or sequence.constraint is not None
     return line
+
+
+def biases_of(sequence: Sequence, eos_token_ids: Collection[int]) -> Int32:
+    """Of StepPlan.biases, what a turn that begins brings."""
+    sampling, slot = sequence.request.sampling, sequence.slot
+    lines = [(slot, token, np.float32(bias).view(np.int32), FOREVER) for token, bias in sampling.logit_bias.items()]
+    if sampling.min_new_tokens:
+        ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)}
+        until = min(sequence.output_start + sampling.min_new_tokens, FOREVER)
+        lines += [(slot, token, np.float32(-np.inf).view(np.int32), until) for token in sorted(ends)]
+    return np.array(lines, np.int32).reshape(-1, len(Bias))

@@ -20,7 +20,15 @@ from runtime.build import SOURCE, carried_name
 from runtime.compiler import EXTENSION_FLAGS, BuildError, binding, find_compiler
 from runtime.progress import tell
 
-LACKING = ("pydantic", "pydantic_core", "annotated-types", "typing-inspection", "typing_extensions", "nanobind")
+LACKING = (
+    "pydantic",
+    "pydantic_core",
+    "annotated-types",
+    "typing-inspection",
+    "typing_extensions",
+    "nanobind",
+    "llguidance",
+)
 """In the versions that are installed here."""
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any")
 TARGET = "3.12"

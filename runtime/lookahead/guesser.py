@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runtime.config import LookaheadConfig
-from runtime.core import TAIL, CandidateTree, Judge, SequenceRows
+from runtime.config import LookaheadConfig, SamplingParams
+from runtime.core import TAIL, CandidateTree, Constraint, Judge, SequenceRows
 from runtime.lookahead.knowledge import Knowledge
-from runtime.lookahead.sources import SOURCES, JacobiSource, RecycleSource, first_features, has_rows
+from runtime.lookahead.sources import SOURCES, GrammarSource, JacobiSource, RecycleSource, first_features, has_rows
 from runtime.step import Int32
 
 
@@ -21,10 +21,21 @@ class Guesser:
         self.judge = Judge(knowledge.acceptance)
         starts = first_features()
         self.sources = [SOURCES[name](config, text, starts[name], knowledge.table) for name in config.sources]
+        self._constraint: Constraint | None = None
         self._jacobi = next((source for source in self.sources if isinstance(source, JacobiSource)), None)
         self._learners = [source for source in self.sources if has_rows(source)]
         self.wants_top = any(isinstance(source, RecycleSource) for source in self.sources)
         """Whether rows are to give the model's likeliest tokens, not only the chosen one."""
+
+    def begin_turn(self, sampling: SamplingParams, constraint: Constraint | None) -> None:
+        """Tokens are chosen by these parameters from now on, among those that `constraint` allows."""
+        self._constraint = constraint
+        for source in self.sources:
+            if isinstance(source, GrammarSource):
+                source.follow(constraint)
+            if isinstance(source, RecycleSource):
+                kinds = sampling.top_k, sampling.top_p, sampling.min_p
+                source.sample_by(sampling.seed, sampling.temperature, *kinds)
 
     def lay_out(self, rows: SequenceRows, room: int) -> None:
         """Add the rows that sources run for themselves, at most `room`."""
@@ -36,7 +47,7 @@ class Guesser:
 
     def plant(self, rows: SequenceRows, text: Sequence[int], max_depth: int) -> CandidateTree:
         """A tree below the current token, the last one of `text`, with no candidates yet."""
-        return CandidateTree(rows, text[-TAIL:], max_depth, self.sources, self.judge)
+        return CandidateTree(rows, text[-TAIL:], max_depth, self.sources, self.judge, self._constraint)
 
     def learn(self, tree: CandidateTree, chosen: Int32, top: Int32, before: Sequence[int]) -> None:
         """Take in a step's results: the token each row chose, and the likeliest ones, packed.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-from runtime.core import TAIL, CandidateTree, SequenceRows
+from runtime.core import TAIL, CandidateTree, Constraint, SequenceRows
 from runtime.lookahead.guesser import Guesser
 from runtime.lookahead.knowledge import Knowledge
 from runtime.request import FinishReason, Request, Usage
@@ -28,18 +30,36 @@ class StepRows:
     """None where nothing may be guessed."""
 
 
+class Watch(Protocol):
+    """Looks at an answer's text (runtime.stops)."""
+
+    def first_end(self, tokens: Tokens) -> int | None:
+        """Take in the next tokens; the index of the one that ends the answer."""
+
+
 class Sequence:
     """Plans the rows of one sequence's steps and takes in their results; a conversation's turns follow each other."""
 
     def __init__(
-        self, request: Request, slot: int, ledger: Ledger, eos_token_ids: Collection[int], knowledge: Knowledge
+        self,
+        request: Request,
+        slot: int,
+        ledger: Ledger,
+        eos_token_ids: Collection[int],
+        knowledge: Knowledge,
+        watch: Watch | None = None,
+        constraint: Constraint | None = None,
+        num_reused: int = 0,
     ) -> None:
-        """`knowledge` is what the sequences of an engine share, unless the request wants its own."""
+        """`knowledge` is what the sequences of an engine share, unless the request wants its own; of the prompt, the
+        cache has `num_reused` tokens already."""
         self.slot, self.ledger, self._eos_token_ids = slot, ledger, eos_token_ids
         self._shared = knowledge
         self.request = request
         self.text: list[int] = []
         """Prompts and answers, the newest tokens of them at least."""
+        self.next_token = -1
+        """The one behind the last planned step's chain; -1: none, the chain reaches the text's end."""
         self.num_cached = 0
         """Tokens of the whole text in the cache once the next plan's commits are done."""
         self.rope_length = len(request.prompt_ids)
@@ -51,10 +71,14 @@ class Sequence:
         self._step: StepRows | None = None
         self._doubtful = False
         """The last step's rows had no numbers, perhaps because of guesses among them: the next step has none."""
-        self.begin_turn(request)
+        self.begin_turn(request, watch, constraint)
+        self._enter_text(num_reused)
 
-    def begin_turn(self, request: Request) -> None:
-        """Append a prompt, to be answered."""
+    def begin_turn(self, request: Request, watch: Watch | None = None, constraint: Constraint | None = None) -> None:
+        """Append a prompt, to be answered. `watch` says where the answer's text ends it, `constraint` which tokens it
+        may have."""
+        self.watch, self.is_stopped = watch, False
+        self.constraint = constraint
         renewed = self._guesser is None or self.request.lookahead != request.lookahead
         self.request = request
         self.usage = Usage(num_prompt_tokens=len(request.prompt_ids))
@@ -62,6 +86,8 @@ class Sequence:
         """Tokens the turn may add, to be told to the workers with its first step; 0 afterwards."""
         self.ledger.begin_turn(self.num_coming)
         self.text += request.prompt_ids
+        self.output_start = self._num_forgotten + len(self.text)
+        """Position of the answer's first token."""
         num_new = len(request.prompt_ids)
         if renewed:
             lookahead = request.lookahead
@@ -69,6 +95,7 @@ class Sequence:
             self._guesser = Guesser(lookahead, self.text[-HISTORY:], knowledge) if lookahead.enabled else None
             num_new = len(self.text)
         if self._guesser is not None:
+            self._guesser.begin_turn(request.sampling, constraint)
             self._guesser.observe(self.text[-min(num_new, HISTORY) :], is_prompt=True)
 
     def withdraw_turn(self) -> None:
@@ -81,6 +108,16 @@ class Sequence:
     def num_uncached(self) -> int:
         """Tokens of the text that are not in the cache: 1 while decoding, more while the prompt is read."""
         return self._num_forgotten + len(self.text) - self.num_cached
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether another sequence may go on from what this one has in the cache."""
+        return not self._doubtful and self._num_forgotten == 0
+
+    @property
+    def cached_text(self) -> list[int]:
+        """The tokens in the cache once the next plan's commits are done; of a sound one."""
+        return self.text[: self.num_cached]
 
     @property
     def is_full(self) -> bool:
@@ -105,6 +142,9 @@ class Sequence:
         horizon, start = self.ledger.horizon, self.num_cached - self._num_forgotten
         chain = self.text[start : start + min(max_chain, horizon - self.num_cached)]
         rows.add_chain(chain, reaches_end=start + len(chain) == len(self.text))
+        self.next_token = self.text[start + len(chain)] if start + len(chain) < len(self.text) else -1
+        if self.request.sampling.prompt_logprobs is not None and self.usage.num_new_tokens == 0:
+            rows.score(self.output_start - len(self.request.prompt_ids), self.output_start)
         self._step = StepRows(rows, len(chain), self.text[max(start - TAIL, 0) : start])
         missing = self.request.sampling.max_new_tokens - self.usage.num_new_tokens
         # The last token needs no guesses.
@@ -162,14 +202,25 @@ class Sequence:
             self.num_cached += len(accepted)
             self.ledger.commit(rows.tokens_of(accepted))
 
+    def _enter_text(self, count: int) -> None:
+        """The first tokens of the prompt are in the cache."""
+        if count:
+            self.num_cached = count
+            self.ledger.commit(self.text[:count])
+            self.usage = replace(self.usage, num_reused_tokens=count)
+
     def _until_end(self, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
         """Cut the tokens where one-at-a-time decoding would have ended, and say why it ended there."""
         sampling = self.request.sampling
+        stopped_at = self.watch.first_end(tokens) if self.watch is not None else None
         last = min(sampling.max_new_tokens - self.usage.num_new_tokens - 1, self.ledger.full_at(tokens))
         for index, token in enumerate(tokens):
             if token < 0:
                 return tokens[:index], FinishReason.ERROR
             if token in sampling.stop_token_ids or token in self._eos_token_ids and not sampling.ignore_eos:
+                return tokens[: index + 1], FinishReason.STOP
+            if index == stopped_at:
+                self.is_stopped = True
                 return tokens[: index + 1], FinishReason.STOP
             if index == last:
                 return tokens[: index + 1], FinishReason.LENGTH
@@ -188,6 +239,7 @@ class Sequence:
             num_seen_tokens=ledger.length,
             kept_last=ledger.kept_last,
             kept_sum=ledger.kept_sum,
+            num_reused_tokens=usage.num_reused_tokens,
         )
 
     def _forget(self) -> None:

@@ -78,7 +78,19 @@ class RecycleSource(core.RecycleSource):
         super().__init__(first_feature, table)
 
 
-SOURCES: dict[str, SourceType] = {"jacobi": JacobiSource, "suffix": SuffixSource, "recycle": RecycleSource}
+class GrammarSource(core.GrammarSource):
+    """The tokens that the request's grammar forces."""
+
+    def __init__(self, config: LookaheadConfig, prompt: Sequence[int], first_feature: int, table: RecycleTable) -> None:
+        super().__init__(first_feature)
+
+
+SOURCES: dict[str, SourceType] = {
+    "jacobi": JacobiSource,
+    "suffix": SuffixSource,
+    "recycle": RecycleSource,
+    "grammar": GrammarSource,
+}
 
 
 def has_rows(source: Source) -> bool:

@@ -58,17 +58,26 @@ class Control(Protocol):
 class SocketControl:
     """One broadcast and one gather over gloo."""
 
-    def __init__(self, plan_group: Group, result_group: Group | None, num_words: int) -> None:
+    def __init__(self, plan_group: Group, result_group: Group | None, usual_words: int, num_words: int) -> None:
         """`result_group`: coordinator and the first shard of each replica; None on the other ranks."""
         self._plan_group, self._result_group = plan_group, result_group
         self._plan = torch.zeros(num_words, dtype=torch.int32)
+        self._usual_words = usual_words
         self.answers = result_group is not None and plan_group.rank > 0
 
     def outgoing(self) -> Int32:
         return self._plan.numpy()
 
     def send(self) -> None:
-        self._plan_group.broadcast(self._plan, source=0)
+        self._broadcast()
+
+    def _broadcast(self) -> torch.Tensor:
+        """The usual words, then what only some plans have behind them: a plan's first word says how many it has."""
+        usual = self._usual_words
+        self._plan_group.broadcast(self._plan[:usual], source=0)
+        if (used := int(self._plan[0])) > usual:
+            self._plan_group.broadcast(self._plan[usual:used], source=0)
+        return self._plan
 
     def collect(self, num_words: int) -> list[Int32]:
         assert self._result_group is not None
@@ -77,7 +86,7 @@ class SocketControl:
         return [result.numpy() for result in results[1:]]
 
     def receive(self) -> Int32:
-        return self._plan_group.broadcast(self._plan, source=0).numpy()
+        return self._broadcast().numpy()
 
     def reply(self, result: Int32) -> None:
         assert self._result_group is not None
@@ -178,6 +187,7 @@ def join(
     result_group: Group | None,
     lp: int,
     tp: int,
+    usual_words: int,
     plan_words: int,
     result_words: int,
 ) -> Control:
@@ -186,10 +196,11 @@ def join(
     Args:
         plan_group: all ranks.
         result_group: coordinator and the first shard of each replica; None on the other ranks.
+        usual_words: of every plan; its first word says how many it has in all, if they are more.
         plan_words, result_words: the most of a plan and of a replica's result.
     """
     file = shared_file(store, "control", plan_group, size_of(lp, tp, plan_words, result_words))
-    control: Control = SocketControl(plan_group, result_group, plan_words)
+    control: Control = SocketControl(plan_group, result_group, usual_words, plan_words)
     if file is not None:
         memory = MemoryControl(file, plan_group.rank, lp, tp, plan_words, result_words)
         plan_group.barrier()  # nobody looks for a dead one before all are there

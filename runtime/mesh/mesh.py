@@ -106,7 +106,8 @@ def join(
     plan_group = group("plan", list(range(1 + lp * tp)), cpu)
     assert plan_group is not None
     result_group = group("result", [0] + [1 + r * tp for r in range(lp)], cpu)
-    plane = control.join(store, plan_group, result_group, lp, tp, layout.length, layout.result_length)
+    words = layout.usual_length, layout.length, layout.result_length
+    plane = control.join(store, plan_group, result_group, lp, tp, *words)
     if rank == 0:
         return plane, None
     replica, shard = divmod(rank - 1, tp)

@@ -166,6 +166,17 @@ class KVCache:
         if self.finite:
             self.buffer[slot].zero_()  # an overflow in one sequence is not to reach the next
 
+    def begin_as(self, slot: int, source: int, length: int) -> None:
+        """Begin another sequence with the first `length` tokens of the one in `source`, which may be the slot itself.
+
+        Of slots that keep every token."""
+        assert length <= self.retained[source].num_stored, f"{length} tokens to reuse of fewer"
+        if source != slot:
+            self.reset(slot)
+            self.buffer[slot, ..., :length, :] = self.buffer[source, ..., :length, :]
+        self.retained[slot].reset()
+        self.retained[slot].commit([0] * length)  # which they are makes no difference where all are kept
+
     def clean(self, slot: int) -> None:
         """Forget the rows that the slot has staged, after those of a step that were NaN or infinite."""
         if self.finite:

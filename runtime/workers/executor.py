@@ -70,7 +70,7 @@ class LocalExecutor:
         started = time.perf_counter()
         chosen = self._worker.step(plan)
         seconds = {"broadcast": 0.0, "forward": time.perf_counter() - started, "gather": 0.0}
-        return StepResult(chosen[:, 0], chosen[:, 1:], seconds)
+        return StepResult.of(plan, chosen, seconds)
 
     def close(self) -> None:
         pass
@@ -132,7 +132,7 @@ class MeshExecutor:
             self._control.send()
             sent = time.perf_counter()
             if plan.stop:
-                return StepResult(np.empty(0, np.int32), np.empty((0, 0), np.int32), {})
+                return StepResult.of(plan, np.empty((0, plan.result_width), np.int32), {})
             results = self._control.collect(self._layout.result_words(plan, self._config.parallel.lp))
         except (RuntimeError, WorkerError) as error:
             raise WorkerError(f"a step failed: {self._why() or error}") from error
@@ -140,8 +140,8 @@ class MeshExecutor:
         forward = max(int(result[0]) for result in results) * 1e-6
         seconds = {"broadcast": sent - started, "forward": forward, "gather": max(received - sent - forward, 0.0)}
         found = [result[self._layout.RESULT_HEADER :] for result in results]
-        chosen = core.merge(plan.rows, found, 1 + plan.top_k)
-        return StepResult(chosen[:, 0], chosen[:, 1:], seconds)
+        chosen = core.merge(plan.rows, found, plan.result_width)
+        return StepResult.of(plan, chosen, seconds)
 
     def _why(self) -> str | None:
         """Why a worker has ended. Its connections end a moment before it does."""

@@ -29,10 +29,10 @@ from runtime.model.decoder import Decoder
 from runtime.model.directory import resolve_model
 from runtime.model.loader import load_decoder
 from runtime.model.native.decoder import NativeDecoder
-from runtime.model.sampler import Sampled
 from runtime.model.spec import ModelSpec
 from runtime.retention import layer_groups
 from runtime.step import Int32, StepPlan, WireLayout
+from runtime.workers.controls import Controls
 
 if TYPE_CHECKING:
     from runtime.model.cuda.decoder import CudaDecoder
@@ -59,6 +59,7 @@ class Worker:
             groups, scheduler.max_sequences, max_staged=scheduler.max_rows
         )
         self.num_pages = pages_of(self.caches)
+        self.controls = Controls()
         self._last = self._share(StepPlan.empty())
         self._unclean: set[int] = set()  # slots in whose rows the last step had NaN or infinities
 
@@ -69,16 +70,19 @@ class Worker:
         """Commit, run this replica's rows, and return per row the token it chose (-1: none, NOT_A_NUMBER: it has none)
         and, packed, the likeliest ones. [T local, 1 + top_k]"""
         if not plan.num_rows:
-            return np.zeros((0, 1 + plan.top_k), np.int32)  # a heartbeat: what is staged stays staged
+            return np.zeros((0, plan.result_width), np.int32)  # a heartbeat: what is staged stays staged
         self._commit(plan)
         self._last = share = self._share(plan)
         for slot, num_coming in share.turns:
             for cache in self.caches:
                 cache.begin_turn(slot, num_coming)
+        if share.turns:
+            self.controls.begin_turns(plan)
         if not share.num_rows:
-            return np.zeros((0, 1 + plan.top_k), np.int32)
+            return np.zeros((0, plan.result_width), np.int32)
         batch = RowBatch.of(share, self.decoder.batch_device)
-        results = self.decoder.step(batch, self.caches, share.wanted, plan.top_k, _sampled(plan, share))
+        asked = self.controls.sampled(plan, share), self.controls.logprobs(plan, share)
+        results = self.decoder.step(batch, self.caches, share.wanted, plan.top_k, *asked)
         chosen, without = share.spread(results)
         self._unclean.update(without)
         return chosen
@@ -86,6 +90,7 @@ class Worker:
     def _commit(self, plan: StepPlan) -> None:
         """Move accepted rows of the last step into the caches; LP peers copy them from the replica that ran them."""
         for slot, source, staged, accepted in self._last.commits(plan.commits):
+            self.controls.commit(slot, accepted)
             for cache in self.caches:
                 if source < 0 or self.mesh.lp == 1:
                     cache.commit(slot, staged, accepted)
@@ -100,16 +105,13 @@ class Worker:
                 cache.clean(slot)
         self._unclean.clear()
         for slot in plan.resets.tolist():
+            self.controls.reset(slot)
             for cache in self.caches:
                 cache.reset(slot)
-
-
-def _sampled(plan: StepPlan, share: Share) -> Sampled | None:
-    """Which of the wanted rows choose by chance."""
-    if not len(index := share.sampled):
-        return None
-    rows = plan.rows[share.local[share.wanted[index]]]
-    return Sampled(index, rows, plan.sequences[share.sequence_of[index]])
+        for slot, source, length in plan.reuses.tolist():
+            self.controls.begin_as(slot, source, length)
+            for cache in self.caches:
+                cache.begin_as(slot, source, length)
 
 
 def decoder_of(config: Config, spec: ModelSpec, mesh: Mesh) -> AnyDecoder:

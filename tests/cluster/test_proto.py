@@ -25,7 +25,7 @@ def test_drift_would_be_noticed(tmp_path) -> None:
     proto = tmp_path / "proto/outrider/v1/generation.proto"
     proto.parent.mkdir(parents=True)
     source = (ROOT / "proto/outrider/v1/generation.proto").read_text()
-    proto.write_text(source.replace("int32 num_accepted = 4", "int32 num_accepted = 9"))
+    proto.write_text(source.replace("int32 num_accepted = 4", "int32 num_accepted = 99"))
     assert generate(tmp_path) != generate()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runtime.step import Commit, Row, Seq, StepPlan, WireLayout
+from runtime.step import Bias, Commit, Reuse, Row, Seq, StepPlan, WireLayout
 
 
 def random_plan(generator: np.random.Generator, num_rows: int, num_sequences: int) -> StepPlan:
@@ -17,6 +17,12 @@ def random_plan(generator: np.random.Generator, num_rows: int, num_sequences: in
         sequences=table(num_sequences, len(Seq)),
         commits=table(num_rows // 2, len(Commit)),
         resets=table(num_sequences, 1).ravel(),
+        reuses=table(num_sequences, len(Reuse)),
+        biases=table(num_rows // 3, len(Bias)),
+        masks=table(max(num_sequences // 2, 1), 9),
+        masked=table(num_rows // 2, 2),
+        top_k=num_sequences,
+        num_logprobs=(None, 0, 5)[num_rows % 3],
         stop=bool(generator.integers(2)),
     )
 
@@ -28,9 +34,12 @@ def test_plan_survives_the_wire(num_rows, num_sequences):
     plan = random_plan(np.random.default_rng(num_rows), num_rows, num_sequences)
     layout.encode(plan, buffer)
     decoded = layout.decode(buffer)
-    for name in ("rows", "sequences", "commits", "resets"):
+    for name in ("rows", "sequences", "commits", "resets", "reuses", "biases", "masks", "masked"):
         np.testing.assert_array_equal(getattr(decoded, name), getattr(plan, name))
-    assert decoded.stop == plan.stop
+    for name in ("top_k", "num_logprobs", "stop"):
+        assert getattr(decoded, name) == getattr(plan, name)
+    assert layout.usual_length <= buffer[0] <= layout.length
+    assert (buffer[buffer[0] :] == 77).all()
     buffer[:] = 0  # the decoded plan keeps its own copy
     np.testing.assert_array_equal(decoded.rows, plan.rows)
 

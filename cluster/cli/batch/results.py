@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.cli.terminal import counted
-from cluster.wire.answers import Chunk
+from cluster.wire.answers import Chunk, by_index
 from runtime.errors import OutriderError
+from runtime.request import TokenLogprobs
 
 MAX_ERROR_LENGTH = 2000
 
@@ -59,16 +60,37 @@ class Totals:
 
 
 def answer(chunks: Sequence[Chunk]) -> dict[str, Any]:
-    """A whole stream as the fields of an output record. Raises IncompleteError if it is not whole."""
-    last = chunks[-1] if chunks else None
-    if last is None or last.finish_reason is None or last.usage is None:
+    """A whole stream as the fields of an output record: those of its answer, or of several a list, `choices`, and their
+    sums. Raises IncompleteError if it is not whole."""
+    choices = [_choice(part) for part in by_index(chunks)]
+    if not choices:
+        raise IncompleteError("the stream ended before the answer did")
+    if len(choices) == 1:
+        return choices[0]
+    num_new, num_steps = (sum(choice[name] for choice in choices) for name in ("num_new_tokens", "num_steps"))
+    return {
+        "choices": choices,
+        "num_prompt_tokens": choices[0]["num_prompt_tokens"],
+        "num_new_tokens": num_new,
+        "num_steps": num_steps,
+    }
+
+
+def _choice(chunks: Sequence[Chunk]) -> dict[str, Any]:
+    last = chunks[-1]
+    if last.finish_reason is None or last.usage is None:
         raise IncompleteError("the stream ended before the answer did")
     usage = last.usage
+    logprobs = [one for chunk in chunks for one in chunk.logprobs]
+    of_prompt = [one for chunk in chunks for one in chunk.prompt_logprobs]
     return {
         "text": "".join(chunk.text for chunk in chunks),
         "token_ids": [token for chunk in chunks for token in chunk.token_ids],
         "finish_reason": last.finish_reason.value,
+        **({"logprobs": [_logprobs(one) for one in logprobs]} if logprobs else {}),
+        **({"prompt_logprobs": [one and _logprobs(one) for one in of_prompt]} if of_prompt else {}),
         "num_prompt_tokens": usage.num_prompt_tokens,
+        **({"num_reused_tokens": usage.num_reused_tokens} if usage.num_reused_tokens else {}),
         "num_new_tokens": usage.num_new_tokens,
         "num_steps": usage.num_steps,
         "tokens_per_step": usage.tokens_per_step,
@@ -79,6 +101,11 @@ def answer(chunks: Sequence[Chunk]) -> dict[str, Any]:
         "kept_last": usage.kept_last,
         "kept_sum": usage.kept_sum,
     }
+
+
+def _logprobs(one: TokenLogprobs) -> dict[str, Any]:
+    top = [{"token_id": token_id, "logprob": logprob} for token_id, logprob in one.top]
+    return {"logprob": one.logprob, **({"top": top} if top else {})}
 
 
 def error_line(record_id: str | int, text: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from runtime.model.cuda.paged_cache import PagedKVCache, pages_of_slot
 from runtime.model.cuda.step_buffer import StepBuffer
 from runtime.model.cuda.top import DeviceLogits
 from runtime.model.decoder import Decoder
-from runtime.model.sampler import Logits, Sampled, TokenChooser, best_of_shards, top_tokens
+from runtime.model.sampler import Logits, Logprobs, Parameters, Sampled, TokenChooser, best_of_shards, top_tokens
 from runtime.model.shard import split
 from runtime.retention import LayerGroup
 from runtime.step import MOST_TOP_K, Int32, Seq
@@ -169,8 +169,12 @@ class CudaDecoder(TokenChooser):
         wanted: NDArray[np.int64],
         top_k: int,
         sampled: Sampled | None = None,
+        logprobs: Logprobs | None = None,
     ) -> Int32:
-        """As TokenChooser.step: one copy there, one launch, one copy back. Raises OutOfPagesError."""
+        """As TokenChooser.step: one copy there, one launch, one copy back, but where a row's choice takes more than
+        temperature, top-k and top-p. Raises OutOfPagesError."""
+        if logprobs is not None or sampled is not None and not _is_plain(sampled):
+            return super().step(batch, caches, wanted, top_k, sampled, logprobs)
         step = self._step_of(batch, caches)
         if not len(wanted):
             step.forward(batch)
@@ -214,6 +218,12 @@ def shared_pages(wanted: Sequence[int], least: Sequence[int], share: float, capa
         remedy = "Lower it, choose a smaller model, or split it with parallel.tp."
         raise ConfigError("cache.capacity", capacity, problem, remedy)
     return found
+
+
+def _is_plain(sampled: Sampled) -> bool:
+    """Whether what the kernels of draw.py know decides."""
+    more = sampled.counts, sampled.biases, sampled.mask_of
+    return all(part is None for part in more) and not (Parameters(sampled.sequences).min_p > 0).any()
 
 
 def _filters(sampled: Sampled) -> bool:

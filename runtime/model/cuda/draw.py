@@ -257,7 +257,5 @@ def least_kept_eager(logits: torch.Tensor, choices: ChoiceArrays) -> torch.Tenso
         temperature = float(choices.temperatures[row : row + 1].view(torch.float32))
         top_k, top_p = int(choices.top_ks[row]), float(choices.top_ps[row : row + 1].view(torch.float32))
         if temperature > 0 and (top_k > 0 or top_p < 1):
-            scaled = line / torch.tensor(temperature, dtype=torch.float64)
-            kept = scaled >= least_kept_of_row(scaled, top_k, top_p)
-            least[row] = line[kept].min()
+            least[row] = least_kept_of_row(line, temperature, top_k, top_p).to(logits.dtype)
     return least

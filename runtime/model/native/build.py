@@ -55,9 +55,12 @@ def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.outrider_units.argtypes, kernels.outrider_units.restype = [], ctypes.c_char_p
     kernels.outrider_choose.argtypes = [pointer, count, pointer, count, pointer, count, pointer, count]
     kernels.outrider_embed.argtypes = [pointer, pointer, count, count, pointer, count, pointer]
+    kernels.outrider_draw.argtypes = [pointer, count, count, count, pointer, pointer, count]
+    kernels.outrider_adjust.argtypes = [pointer, count, count, count, pointer]
+    kernels.outrider_least.argtypes = [pointer, count, pointer, count, pointer]
     real = ctypes.c_double
     kernels.outrider_turns.argtypes = [pointer, count, real, real, pointer, count, pointer]
-    for name in ("forward", "search", "choose", "embed", "turns"):
+    for name in ("forward", "search", "choose", "embed", "turns", "draw", "adjust", "least"):
         getattr(kernels, f"outrider_{name}").restype = None
     return kernels
 

@@ -17,8 +17,9 @@ from runtime.model.attention import RowBatch, Segment
 from runtime.model.kv_cache import CacheMaker, KVCache
 from runtime.model.layers import LayerWeights, VocabParallelEmbedding
 from runtime.model.native.build import available, library
+from runtime.model.native.drawing import draw
 from runtime.model.rotary import Rotary
-from runtime.model.sampler import Logits, Sampled, TokenChooser
+from runtime.model.sampler import Logits, Logprobs, Sampled, TokenChooser
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.retention import Ints
@@ -193,14 +194,27 @@ class NativeDecoder(CacheMaker, TokenChooser):
         query_turns, key_turns = factors
         return query_turns, key_turns
 
-    def choose(self, hidden: torch.Tensor, wanted: Ints, top_k: int, sampled: Sampled | None = None) -> Int32:
+    def choose(
+        self,
+        hidden: torch.Tensor,
+        wanted: Ints,
+        top_k: int,
+        sampled: Sampled | None = None,
+        logprobs: Logprobs | None = None,
+    ) -> Int32:
         """As TokenChooser.choose."""
-        if sampled is not None or self.mesh.tp > 1:
-            return super().choose(hidden, wanted, top_k, sampled)
+        if sampled is not None or logprobs is not None or self.mesh.tp > 1:
+            return super().choose(hidden, wanted, top_k, sampled, logprobs)
         results = np.empty((len(wanted), 1 + top_k), np.int32)
         given = len(wanted), hidden.data_ptr(), hidden.stride(0), wanted.ctypes.data, top_k, results.ctypes.data
         self._kernels.outrider_choose(self._model_address, *given, self._num_threads(len(wanted)))
         return results
+
+    def draw(
+        self, logits: torch.Tensor, sampled: Sampled, mesh: Mesh, vocab_range: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As TokenChooser.draw."""
+        return draw(self._kernels, logits, sampled, mesh, vocab_range, torch.get_num_threads())
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,11 @@
 // Letters: T rows, D hidden size, H query heads, K KV heads, G = H / K, d head size, E the type of weights and cache.
 
 #include <bit>
+#include <tuple>
 #include <utility>
 
 #include "attention.h"
+#include "drawing.h"
 
 namespace {
 
@@ -258,6 +260,37 @@ void outrider_choose(const Model* model, int64_t rows, const float* hidden, int6
             const float sixteenths = std::nearbyint((wholes[row] - value[i]) * 16);
             result[1 + i] = (int32_t)places[row * found + i] << TOP_BITS | (int32_t)std::clamp(sixteenths, 0.f, 255.f);
         }
+    }
+}
+
+// The best scores of rows over `count` tokens from id `first` on, and where they are: values and places [rows]
+void outrider_draw(const Draw* draws, int64_t rows, int64_t first, int64_t count, double* values, int64_t* places,
+                   int64_t threads) {
+#pragma omp parallel for num_threads((int)threads) schedule(dynamic)
+    for (int64_t row = 0; row < rows; ++row) {
+        static thread_local Row scratch;
+        std::tie(values[row], places[row]) = draw_one(scratch, draws[row], first, count);
+    }
+}
+
+// Rows' logits behind mask, biases and penalties [rows, count], where the filters want the whole vocabulary's
+void outrider_adjust(const Draw* draws, int64_t rows, int64_t first, int64_t count, float* adjusted) {
+    Row scratch;
+    for (int64_t row = 0; row < rows; ++row) {
+        scratch.load(draws[row], first, count);
+        std::copy_n(scratch.logits(), count, adjusted + row * count);
+    }
+}
+
+// The smallest logits [rows] that stay under the filters, of adjusted ones [rows, count] over the whole vocabulary, in any
+// order
+void outrider_least(const Draw* draws, int64_t rows, const float* adjusted, int64_t count, double* least) {
+    Row scratch;
+    for (int64_t row = 0; row < rows; ++row) {
+        scratch.load(adjusted + row * count, count);
+        const float most = scratch.largest().first;
+        scratch.weigh(most, draws[row].temperature);
+        least[row] = scratch.least_kept(most, draws[row]);
     }
 }
 

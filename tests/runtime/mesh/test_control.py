@@ -22,7 +22,7 @@ pytestmark = pytest.mark.system
 
 LP, TP = 2, 2
 RANKS = 1 + LP * TP
-WORDS, RESULT_WORDS = 100, 50
+USUAL_WORDS, WORDS, RESULT_WORDS = 20, 100, 50
 STEPS = 400
 LAST_WORDS_S = 2.0
 
@@ -34,19 +34,20 @@ def joined(rank: int, folder: Path, through_memory: bool) -> Control:
     plan_group = Group(store, "plan", rank, RANKS)
     answering = [0, *(1 + replica * TP for replica in range(LP))]
     result_group = Group(store, "result", answering.index(rank), len(answering)) if rank in answering else None
-    return control.join(store, plan_group, result_group, LP, TP, WORDS, RESULT_WORDS)
+    return control.join(store, plan_group, result_group, LP, TP, USUAL_WORDS, WORDS, RESULT_WORDS)
 
 
 def work(rank: int, folder: Path, through_memory: bool) -> None:
-    """Reply with the plan's first words times the rank, until a plan says 0. Slow ranks see every plan, too."""
+    """Reply with the plan's words, of which the first says how many they are, times the rank, until the second says 0.
+    Slow ranks see every plan, too."""
     plane = joined(rank, folder, through_memory)
     seen = []
-    while (plan := plane.receive())[0]:
-        count = int(plan[1])
-        if rank == 4 and plan[0] % 50 == 0:
+    while (plan := plane.receive())[1]:
+        count = int(plan[0])
+        if rank == 4 and plan[1] % 50 == 0:
             time.sleep(0.01)
-        seen.append(int(plan[0]))
-        if plan[0] == STEPS and rank == 2:
+        seen.append(int(plan[1]))
+        if plan[1] == STEPS and rank == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         if plane.answers:
             plane.reply(plan[:count] * np.int32(rank))
@@ -75,7 +76,7 @@ def test_every_rank_sees_every_plan_and_a_dead_one_is_noticed(tmp_path, monkeypa
         count = 2 + step % (RESULT_WORDS - 2)
         plan = plane.outgoing()
         plan[:count] = np.arange(step, step + count)
-        plan[1] = count
+        plan[:2] = count, step
         plane.send()
         sent = plan[:count].copy()
         results = plane.collect(count)
@@ -83,14 +84,14 @@ def test_every_rank_sees_every_plan_and_a_dead_one_is_noticed(tmp_path, monkeypa
         for replica, result in enumerate(results):
             assert np.array_equal(result, sent * (1 + replica * TP))
     plan = plane.outgoing()
-    plan[:2] = STEPS, 2
+    plan[:2] = 2, STEPS
     plane.send()
     started = time.monotonic()
     if through_memory:
         plane.collect(2)  # rank 2 answers to nobody, so this step is done
     with pytest.raises((WorkerError, RuntimeError)):
         plan = plane.outgoing()
-        plan[:2] = STEPS + 1, 2
+        plan[:2] = 2, STEPS + 1
         plane.send()
         processes[1].join()
         plane.outgoing()
@@ -109,11 +110,11 @@ def test_all_plans_arrive_in_order_and_the_last_one_ends_the_ranks(tmp_path) -> 
     processes = start_ranks(tmp_path, through_memory=True)
     plane = joined(0, tmp_path, True)
     for step in range(1, 200):
-        plane.outgoing()[:2] = step, 1
+        plane.outgoing()[:2] = 2, step
         plane.send()
         if step % 3:  # a coordinator may go on without results
-            assert [int(result[0]) for result in plane.collect(1)] == [step, 3 * step]
-    plane.outgoing()[:2] = 0, 0
+            assert [int(result[1]) for result in plane.collect(2)] == [step, 3 * step]
+    plane.outgoing()[:2] = 2, 0
     plane.send()
     plane.close()
     for process in processes:

@@ -80,11 +80,11 @@ def test_top_k_and_top_p_sample_the_renormalised_rest():
 
 def test_a_flat_distribution_needs_more_than_the_prefix():
     flat = torch.linspace(0, 1e-3, 5000)
-    kept = flat >= least_kept(flat, 0, 0.9)
+    kept = flat >= least_kept(flat, 1.0, 0, 0.9)
     mass = flat.double().softmax(0)
     assert 0.9 <= float(mass[kept].sum()) < 0.9 + float(mass.max()) * 1.01
-    assert int((flat >= least_kept(flat, 3000, 1.0)).sum()) == 3000
-    both = flat >= least_kept(flat, 2000, 0.5)
+    assert int((flat >= least_kept(flat, 1.0, 3000)).sum()) == 3000
+    both = flat >= least_kept(flat, 1.0, 2000, 0.5)
     assert abs(int(both.sum()) - 1000) <= 2
 
 

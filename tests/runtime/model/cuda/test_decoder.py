@@ -209,6 +209,7 @@ def test_an_engine_on_paged_caches_gives_the_same_tokens(talkative, policy) -> N
     prompts = [np.random.default_rng(seed).integers(0, 16, length).tolist() for seed, length in ((1, 4), (2, 37))]
     greedy = SamplingParams(max_new_tokens=24, ignore_eos=True)
     sampled = SamplingParams(max_new_tokens=24, ignore_eos=True, temperature=0.5, seed=3)
+    held = sampled.model_copy(update={"min_p": 0.02, "presence_penalty": 0.5})
     settings = {
         "model": {"path": str(talkative)},
         "cache": cache,
@@ -221,7 +222,8 @@ def test_an_engine_on_paged_caches_gives_the_same_tokens(talkative, policy) -> N
             assert (engine.executor.num_pages is None) == isinstance(decoder, Decoder)
             alone = [engine.generate([p], greedy, how)[0] for p in prompts for how in (PLAIN, LOOKAHEAD)]
             assert any(one.usage.tokens_per_step > 1.1 for one in alone)
-            return [list(one.token_ids) for one in [*alone, *engine.generate(prompts, sampled)]]
+            company = [*engine.generate(prompts, sampled), *engine.generate(prompts, held)]
+            return [list(one.token_ids) for one in [*alone, *company]]
 
     plain = torch_decoder(talkative, torch.float32)
     found = outputs(CudaDecoder(plain))

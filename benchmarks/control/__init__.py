@@ -1,0 +1,1 @@
+"""Does control over the output cost speed, or change a token? `python -m benchmarks.control`"""
