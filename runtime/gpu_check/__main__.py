@@ -13,7 +13,9 @@ def take_in(folder: Path) -> None:
     wheels = sorted(map(str, folder.glob("*.whl")))
     if wheels:
         quiet = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--disable-pip-version-check", "--target", place]
-        subprocess.run([sys.executable, "-m", "pip", "install", *quiet, *wheels], check=True, stdout=sys.stderr)
+        done = subprocess.run([sys.executable, "-m", "pip", "install", *quiet, *wheels], stdout=sys.stderr)
+        if done.returncode:
+            print(f"the wheels in {folder} could not be installed; going on with what is here", file=sys.stderr)
     sys.path.append(place)  # behind what the machine has
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), place)))
     os.environ.setdefault("OUTRIDER_PREBUILT", str(folder.absolute()))

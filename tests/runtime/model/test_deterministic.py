@@ -51,7 +51,7 @@ def test_sums_of_three_ranks_have_one_order(tiny_model):
         "parallel": {"tp": 3},
         "scheduler": {"max_sequences": 2, "max_rows": 160},
     }
-    sampling = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    sampling = SamplingParams(max_new_tokens=16, ignore_eos=True)
     with Engine.from_config(settings) as engine:
         alone = [engine.generate([prompt], sampling, PLAIN)[0].token_ids for prompt in prompts]
         assert [answer.token_ids for answer in engine.generate(prompts, sampling, WIDE)] == alone

@@ -190,7 +190,7 @@ def test_ranks_on_paged_caches_equal_one_process(tiny_model, alone, lp, tp):
     with Engine(config, spec, Tokenizer(directory), executor) as engine:
         for name in ("greedy", "nucleus"):
             equality = Equality(gap_of, tolerance=1e-4 if name == "greedy" else 0.0)
-            answers = engine.generate(PROMPTS[:2], SAMPLING[name])
-            for prompt, one, other in zip(PROMPTS[:2], alone[name][:2], answers, strict=True):
+            answers = engine.generate(PROMPTS[:1], SAMPLING[name])
+            for prompt, one, other in zip(PROMPTS[:1], alone[name][:1], answers, strict=True):
                 equality.compare(prompt, one.token_ids, other.token_ids, f"{name} lp={lp} tp={tp}")
             assert equality.lossless, equality
