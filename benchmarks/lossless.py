@@ -24,7 +24,7 @@ from runtime.config import Config, LookaheadConfig, SamplingParams
 from runtime.engine.engine import Engine
 from runtime.engine.scoring import Scorer
 from runtime.equality import Equality, Gap
-from runtime.model.loader import resolve_model
+from runtime.model.directory import resolve_model
 
 BETWEEN_RUNS, AGAINST_HUGGING_FACE = 1e-4, 1e-3
 """Largest gap that counts as a near-tie, float32."""

@@ -63,6 +63,7 @@ def shared_library(
     link_flags: Sequence[str] = (),
     depends_on: Sequence[str] = (),
     include: Sequence[str] = (),
+    library: Sequence[Path] = (),
 ) -> Path:
     """`source`, with the headers beside it, as a shared library; compiled on the first call.
 
@@ -70,6 +71,7 @@ def shared_library(
         what: what messages call it.
         depends_on: what besides sources, flags and compiler the result depends on.
         include: where other headers are; their versions, not their places, belong into `depends_on`.
+        library: further sources, not ours, which are compiled beside it; likewise.
     Several processes may call this at once: one compiles, the others wait. Raises BuildError.
     """
     compiler = find_compiler(os.environ.get("CXX"))
@@ -87,10 +89,11 @@ def shared_library(
             tempfile.TemporaryDirectory(dir=target.parent) as scratch,
         ):
             if not target.is_file():
-                compiled, linked = f"{scratch}/compiled.o", f"{scratch}/linked.so"
-                places = [f"-I{place}" for place in include]
-                _run([*compiler.command, *flags, *places, "-fPIC", "-c", str(source), "-o", compiled])
-                _run([*compiler.command, "-shared", *link_flags, compiled, "-o", linked])
+                places, linked = [f"-I{place}" for place in include], f"{scratch}/linked.so"
+                objects = {path: f"{scratch}/{path.stem}.o" for path in (source, *library)}
+                commands = ([*flags, *places, "-fPIC", "-c", str(path), "-o", to] for path, to in objects.items())
+                _run([[*compiler.command, *command] for command in commands])
+                _run([[*compiler.command, "-shared", *link_flags, *objects.values(), "-o", linked]])
                 os.replace(linked, target)
     except OSError as error:
         raise BuildError(f"{what}, compiled, cannot be kept in {target.parent} ({error})") from error
@@ -98,17 +101,22 @@ def shared_library(
 
 
 def compile_extension(what: str, source: Path) -> Path:
-    """The file of the Python module that `source` defines with pybind11, compiled if need be. Raises BuildError."""
-    import pybind11
+    """The file of the Python module that `source` defines with nanobind, compiled if need be. Raises BuildError."""
+    import nanobind
 
     headers = sysconfig.get_path("include")
     if not (Path(headers) / "Python.h").is_file():
         raise BuildError(f"compiling {what} takes Python's headers, not found in {headers}; install python3-dev")
-    flags = ["-std=c++20", "-O2", "-fvisibility=hidden"]
-    link_flags = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    abi = str(sysconfig.get_config_var("EXT_SUFFIX"))
-    include = (headers, pybind11.get_include())
-    return shared_library(what, source, flags, link_flags, depends_on=(abi, pybind11.__version__), include=include)
+    theirs = Path(nanobind.source_dir())
+    return shared_library(
+        what,
+        source,
+        ["-std=c++20", "-O2", "-DNDEBUG", "-fvisibility=hidden", "-fno-strict-aliasing"],
+        ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [],
+        depends_on=(str(sysconfig.get_config_var("EXT_SUFFIX")), nanobind.__version__),
+        include=(headers, nanobind.include_dir(), str(theirs.parent / "ext" / "robin_map" / "include")),
+        library=[theirs / "nb_combined.cpp"],
+    )
 
 
 def load_extension(what: str, name: str, path: Path) -> ModuleType:
@@ -149,16 +157,24 @@ def _end_compilers() -> None:
         thread.join(timeout=2)  # it removes what is half done
 
 
-def _run(command: list[str]) -> None:
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        _running.add(process)
-        try:
-            _, errors = process.communicate(timeout=TIMEOUT_S)
-        except subprocess.TimeoutExpired as error:
-            process.kill()
-            raise BuildError(f"{command[0]} took longer than {TIMEOUT_S:.0f} s") from error
-        finally:
-            _running.discard(process)
-    if process.returncode:
-        lines = [line for line in errors.splitlines() if "error" in line] or errors.splitlines()
-        raise BuildError(f"{command[0]} failed: {lines[0].strip() if lines else f'status {process.returncode}'}")
+def _run(commands: Sequence[Sequence[str]]) -> None:
+    """Run all, side by side. Raises BuildError if one fails."""
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for command in commands:
+            process = stack.enter_context(
+                subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            )
+            stack.callback(process.kill)  # where it still runs, another one has failed
+            stack.callback(_running.discard, process)
+            _running.add(process)
+            processes.append(process)
+        for process, command in zip(processes, commands, strict=True):
+            try:
+                _, errors = process.communicate(timeout=TIMEOUT_S)
+            except subprocess.TimeoutExpired as error:
+                raise BuildError(f"{command[0]} took longer than {TIMEOUT_S:.0f} s") from error
+            if process.returncode:
+                lines = [line for line in errors.splitlines() if "error" in line] or errors.splitlines()
+                why = lines[0].strip() if lines else f"status {process.returncode}"
+                raise BuildError(f"{command[0]} failed: {why}")

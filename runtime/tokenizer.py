@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from runtime.errors import ConfigError, InvalidRequestError
 from runtime.files import flaw, read_json
@@ -41,7 +41,9 @@ class Tokenizer:
                 raise ConfigError("model.path", str(directory), f"{name} {found[0]}", found[1])
         try:
             # Code in the directory is not run, and nobody is asked on the terminal whether it may be.
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(directory), config=_light_config(Path(directory)), local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # the library raises nothing narrower for a broken file
             for path in sorted(Path(directory).glob("*.json")):
                 read_json(path)  # names the one that is no JSON
@@ -260,6 +262,22 @@ class Tokenizer:
         pairs = [[first, token_id] for token_id in range(self.vocab_size)]
         texts = self._tokenizer.batch_decode(pairs, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return [text[start:] for text in texts]
+
+
+def _light_config(directory: Path) -> Any:
+    """What AutoTokenizer wants to know of the model, where its files name a tokenizer's class; None: it shall see for
+    itself, which imports the model's own configuration class, for seconds."""
+    from transformers import PreTrainedConfig
+
+    config, tokenizer = (
+        read_json(path) if path.exists() else {}
+        for path in (directory / "config.json", directory / "tokenizer_config.json")
+    )
+    if not isinstance(config.get("model_type"), str) or "tokenizer_class" not in tokenizer or "auto_map" in tokenizer:
+        return None
+    light = PreTrainedConfig(tokenizer_class=config.get("tokenizer_class"), name_or_path=str(directory))
+    light.model_type = config["model_type"]
+    return light
 
 
 class _GuardedEncoder:

@@ -18,7 +18,7 @@ from benchmarks.common import plot_lines, print_json, print_table, progress
 from benchmarks.overhead.free_decoder import NUM_WORDS, FreeDecoder, free_decoder
 from runtime.config import Config
 from runtime.engine.engine import Engine
-from runtime.model.loader import checked_model
+from runtime.model.directory import checked_model
 from runtime.model.spec import ModelSpec
 from runtime.request import Request
 from runtime.tokenizer import Tokenizer

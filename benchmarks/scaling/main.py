@@ -40,7 +40,7 @@ from cluster.client.backends import open_engine
 from runtime.config import Config
 from runtime.engine.engine import Engine
 from runtime.equality import Equality, Gap, hugging_face_gap
-from runtime.model.loader import load_spec, resolve_model
+from runtime.model.directory import load_spec, resolve_model
 
 ALL = {"workers": "1,2,4,8", "budgets": "16,32,64,128,256,512,1024", "sources": ",".join(SOURCE_SETS)}
 WARM_UP_TOKENS = 6

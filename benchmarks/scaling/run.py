@@ -95,7 +95,7 @@ def answer(
 
 def largest_part(parents: np.ndarray, lp: int) -> int:
     """Rows of the largest of `lp` replicas."""
-    _, replicas = partition(parents.tolist(), lp)
+    _, replicas = partition(parents, lp)
     masks = np.array(replicas)
     return max(int((masks >> replica & 1).sum()) for replica in range(lp))
 

@@ -22,8 +22,8 @@ import typer
 from benchmarks.common import HuggingFace, Run, stderr
 from runtime.config import ModelConfig
 from runtime.disk import cache_root
+from runtime.model.directory import resolve_model
 from runtime.model.gguf import embedded_file
-from runtime.model.loader import resolve_model
 
 DTYPES = {"auto": ("bfloat16", "float32"), "float32": ("float32",), "bfloat16": ("bfloat16",)}
 """`--hugging-face-dtype`: which are measured. auto measures both, for neither is the faster one everywhere."""

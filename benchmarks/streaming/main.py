@@ -27,7 +27,7 @@ from benchmarks.common import check_parts, print_json, stderr
 from benchmarks.streaming import long_text, token_time
 from runtime.config import Config
 from runtime.engine.scoring import Scorer
-from runtime.model.loader import load_spec, resolve_model
+from runtime.model.directory import load_spec, resolve_model
 from runtime.tokenizer import Tokenizer
 
 PARTS = ("perplexity", "latency", "endless")

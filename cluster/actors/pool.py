@@ -139,8 +139,7 @@ class RayPool:
                     num_gpus=amount if resource == "GPU" else 0,
                     scheduling_strategy=strategy,
                     max_restarts=0,
-                    # Read when torch is imported, so they must be there before the process starts.
-                    runtime_env={"env_vars": WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}},
+                    runtime_env={} if self._local else {"env_vars": _environment(threads)},
                 )
                 .remote()
             )
@@ -182,19 +181,35 @@ class MeshWorker:
         serve(config, spec, rank, host, port)
 
 
+def _environment(threads: int) -> dict[str, str]:
+    """Of a worker. Read when torch is imported, so it must be there before the process starts."""
+    return WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+
+
 def _start_local(config: Config, place: Path) -> None:
-    """A Ray of this machine, with as many logical CPUs as the mesh asks for: workers may outnumber the cores."""
-    ray.init(
-        address="local",
-        num_cpus=max(1, math.ceil(config.parallel.num_workers * config.ray.cpus_per_worker)),
-        include_dashboard=False,
-        _temp_dir=str(place),
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=OBJECT_STORE_BYTES,
-        # Idle processes started ahead would only take the cores from those that work.
-        _system_config={"enable_worker_prestart": False, "prestart_worker_first_driver": False},
-    )
+    """A Ray of this machine, with as many logical CPUs as the mesh asks for: workers may outnumber the cores.
+
+    Workers have its environment: one of their own would cost each another start of Python.
+    """
+    num_workers = config.parallel.num_workers
+    environment = _environment(config.parallel.threads_each(_own_cores(), num_workers))
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(1, math.ceil(num_workers * config.ray.cpus_per_worker)),
+            include_dashboard=False,
+            _temp_dir=str(place),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+            # Idle processes started ahead would only take the cores from those that work.
+            _system_config={"enable_worker_prestart": False, "prestart_worker_first_driver": False},
+        )
+    finally:
+        for name, value in before.items():
+            _restore(name, value)
 
 
 def _restore(variable: str, value: str | None) -> None:
@@ -300,8 +315,12 @@ def _shortfall(config: Config, why: str) -> ConfigError:
 def _cores(node_id: str) -> int:
     """CPU cores of a node; this one is asked itself, for its logical CPUs may be more than it has."""
     if node_id == ray.get_runtime_context().get_node_id():
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return _own_cores()
     return next((int(n["Resources"].get("CPU", 1)) for n in ray.nodes() if n["NodeID"] == node_id), 1)
+
+
+def _own_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _interface_of(address: str) -> str:

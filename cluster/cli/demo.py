@@ -21,7 +21,7 @@ from runtime.request import Usage
 from runtime.tokenizer import Tokenizer
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number, then explain it step by step."
-MAX_NEW_TOKENS = 96
+MAX_NEW_TOKENS = 64
 
 err = Console(stderr=True)
 
@@ -76,7 +76,7 @@ def _answer(client: Client, shown: bool, lookahead: bool) -> list[Chunk]:
 
 
 def _embedded_tokenizer() -> Tokenizer:
-    from runtime.model.loader import resolve_model
+    from runtime.model.directory import resolve_model
 
     return Tokenizer(resolve_model(None))
 

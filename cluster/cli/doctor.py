@@ -287,7 +287,8 @@ def _on_cuda(dtype: str) -> Decoder:
 
     from runtime.mesh.mesh import Mesh
     from runtime.model.decoder import Decoder
-    from runtime.model.loader import load_decoder, load_spec, resolve_model
+    from runtime.model.directory import load_spec, resolve_model
+    from runtime.model.loader import load_decoder
 
     if not torch.cuda.is_available():
         raise NotAvailable("torch finds no CUDA device; steps with and without graphs were not compared")

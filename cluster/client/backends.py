@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.client.client import Client
@@ -79,11 +79,11 @@ def open_engine(config: Config) -> Iterator[Engine]:
     What is compiled on a first start is begun first, and waited for where it is needed.
     """
     from runtime.engine import ahead
-    from runtime.model.loader import checked_model, for_model
+    from runtime.model.directory import checked_model, for_model
 
     ahead.compile_all(config)
     config = for_model(config)
-    checked_model(config)  # what is wrong with it is wrong without Ray, too: said before anything is started
+    checked_model(config)  # what is wrong with the model is wrong without Ray, too: said before anything is started
     if config.is_open:
         from runtime.tuning import choose
 
@@ -96,14 +96,11 @@ def open_engine(config: Config) -> Iterator[Engine]:
         return
     from cluster.actors.pool import RayPool
 
-    pool = RayPool(config)
-    try:
+    with closing(RayPool(config)) as pool:
         from runtime.engine.engine import Engine
 
         with Engine.from_config(config, pool) as engine:
             yield engine
-    finally:
-        pool.close()
 
 
 class InProcess:

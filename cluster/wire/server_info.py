@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from runtime.config import Config
 from runtime.engine.loop import EngineLoop, LoopStats
-from runtime.mesh.device import pick_device
 from runtime.model.gguf import EMBEDDED_FILE
 from runtime.model.spec import ModelSpec
 from runtime.model.weights import HEAD, tensor_shapes
@@ -67,6 +66,8 @@ def _model_name(config: Config) -> str:
 
 
 def _device_kind(config: Config) -> str:
+    from runtime.mesh.device import pick_device  # which imports torch, and the server listens before
+
     return pick_device(config, 0).type
 
 

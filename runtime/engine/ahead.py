@@ -1,4 +1,8 @@
-"""What a first start on a machine compiles, begun before anything else: it goes on while the model is read."""
+"""What a first start on a machine compiles, begun before anything else: it goes on while the model is read.
+
+The threads import nothing that imports `runtime.core`: two threads that wait for each other's imports get
+half a module.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from runtime.engine.session import Session
 from runtime.engine.turn import Turn
 from runtime.errors import ConfigError, InvalidRequestError, NumericsError, ResourceExhaustedError, WorkerError
 from runtime.lookahead.knowledge import Knowledge
-from runtime.model.loader import checked_model, for_model
+from runtime.model.directory import checked_model, for_model
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.prompts import as_prompt, as_prompts, kind_of

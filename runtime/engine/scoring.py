@@ -15,7 +15,8 @@ from runtime.errors import InvalidRequestError
 from runtime.mesh.device import pick_device
 from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch
-from runtime.model.loader import for_model, load_decoder, load_spec, resolve_model
+from runtime.model.directory import for_model, load_spec, resolve_model
+from runtime.model.loader import load_decoder
 from runtime.retention import Ledger, layer_groups, with_separator_ids
 from runtime.tokenizer import Tokenizer
 

@@ -22,8 +22,6 @@ COLLECTIVE_TIMEOUT_S = 1800.0
 """Longest wait in a collective, loading the model included. A peer that dies is noticed at once, by its
 closed connections or its file lock; an idle coordinator sends a heartbeat well within this time."""
 
-LOOPBACK = "127.0.0.1"
-
 
 class Group:
     """The collectives of `size` ranks. Every rank makes the same calls in the same order.

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from runtime.mesh import control, shared_memory
+from runtime.mesh import LOOPBACK, control, shared_memory
 from runtime.mesh.control import Control
-from runtime.mesh.group import LOOPBACK, Group
+from runtime.mesh.group import Group
 from runtime.mesh.shared_memory import SharedMemory
 from runtime.step import WireLayout
 

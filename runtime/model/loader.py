@@ -1,4 +1,4 @@
-"""From a model's name to this rank's decoder: each rank reads only its own slice of each tensor."""
+"""From a model's directory to this rank's decoder: each rank reads only its own slice of each tensor."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Literal
 
 import torch
 
-from runtime.config import Config
 from runtime.errors import ConfigError
-from runtime.files import read_json
 from runtime.mesh.mesh import Mesh
 from runtime.model.decoder import Decoder, DecoderLayer, Rowwise, unchanged
 from runtime.model.layers import (
@@ -26,71 +24,13 @@ from runtime.model.layers import (
     WholeHeadNorm,
     at_least_float32,
 )
-from runtime.model.native import NativeDecoder, obstacle
+from runtime.model.native.decoder import NativeDecoder, obstacle
 from runtime.model.rotary import Rotary, pairs_adjacent
 from runtime.model.shard import HeadShard, split
-from runtime.model.spec import ModelSpec, read_spec
-from runtime.model.trained_policy import with_trained_policy
-from runtime.model.weights import HEAD, Checkpoint, check_weights
+from runtime.model.spec import ModelSpec
+from runtime.model.weights import HEAD, Checkpoint
 
 log = logging.getLogger(__name__)
-
-
-def resolve_model(path: str | None) -> Path:
-    """The directory in Hugging Face layout behind `model.path`.
-
-    None is the embedded model; a GGUF file is converted once; a directory is itself; anything else is
-    a hub id, downloaded if need be. Safe to call from several processes at once. Raises ConfigError.
-    """
-    from runtime.model.gguf import converted, embedded_file
-    from runtime.model.gguf_file import is_gguf
-    from runtime.model.hub import fetched
-
-    if path is None:
-        return converted(embedded_file())
-    try:
-        local = Path(path).expanduser()
-        is_directory, is_there = local.is_dir(), local.exists()
-        path.encode()
-    except (OSError, RuntimeError, UnicodeError) as error:  # a name too long, a home that is not there, odd bytes
-        problem = f"cannot be looked for ({getattr(error, 'strerror', None) or error})"
-        raise ConfigError("model.path", path, problem, "Check the path.") from error
-    if is_directory:
-        return local
-    if is_there and is_gguf(local):
-        return converted(local)
-    if is_there:
-        raise ConfigError("model.path", path, "is neither a directory nor a GGUF file", "Name the model's directory.")
-    if local.suffix.lower() == ".gguf":
-        raise ConfigError("model.path", path, "no such file", "Check the path.")
-    return fetched(path)
-
-
-def load_spec(directory: Path) -> ModelSpec:
-    """Read config.json and generation_config.json. Raises ConfigError for a model Outrider cannot run."""
-    if not (directory / "config.json").exists():
-        remedy = "Name a model directory in Hugging Face layout."
-        raise ConfigError("model.path", str(directory), "config.json: No such file or directory", remedy)
-    generation = directory / "generation_config.json"
-    return read_spec(
-        read_json(directory / "config.json"), read_json(generation) if generation.exists() else {}, directory
-    )
-
-
-def for_model(config: Config) -> Config:
-    """`config` under the cache policy that its model was trained under, where it names none. Raises ConfigError."""
-    return with_trained_policy(config, resolve_model(config.model.path))
-
-
-def checked_model(config: Config) -> tuple[Path, ModelSpec]:
-    """The model's directory and spec, once all is known to be there and to fit `config`: what every start does before
-    work is spent. Reads no weights. Raises ConfigError."""
-    directory = resolve_model(config.model.path)
-    spec = load_spec(directory)
-    spec.check_tp(config.parallel.tp)
-    spec.check_cache(config.cache)
-    check_weights(directory, spec)
-    return directory, spec
 
 
 def load_decoder(

@@ -11,14 +11,16 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from runtime.errors import ConfigError
 from runtime.files import flaw, read_json
 from runtime.model.spec import ARCHITECTURES, ModelSpec
+
+if TYPE_CHECKING:
+    import torch  # imported by who wants tensors: checking needs none
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -110,6 +112,8 @@ class Checkpoint:
 
 def check_weights(directory: Path, spec: ModelSpec) -> None:
     """Raises ConfigError unless the files in `directory` hold the weights of `spec`, all and only. Reads no weight."""
+    import torch
+
     with Checkpoint(directory, spec, torch.float32, torch.device("cpu")):
         pass
 

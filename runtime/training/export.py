@@ -8,7 +8,7 @@ import torch
 
 from runtime.config import CacheConfig, Config
 from runtime.errors import ConfigError
-from runtime.model.loader import checked_model, for_model
+from runtime.model.directory import checked_model, for_model
 from runtime.model.trained_policy import KEY, TrainedPolicy
 from runtime.tokenizer import Tokenizer
 from runtime.training.config import TrainingConfig

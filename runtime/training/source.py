@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from runtime.errors import ConfigError
-from runtime.model.loader import load_spec, resolve_model
+from runtime.model.directory import load_spec, resolve_model
 from runtime.model.spec import ARCHITECTURES, ModelSpec
 from runtime.model.trained_policy import KEY
 from runtime.progress import doing

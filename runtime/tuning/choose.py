@@ -17,7 +17,7 @@ import torch
 
 from runtime.config import Config
 from runtime.errors import ConfigError
-from runtime.model.loader import for_model, load_spec, resolve_model
+from runtime.model.directory import for_model, load_spec, resolve_model
 from runtime.model.spec import ModelSpec
 from runtime.progress import tell
 from runtime.tuning import cost

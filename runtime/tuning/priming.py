@@ -17,7 +17,7 @@ import numpy as np
 from runtime.config import Config
 from runtime.core import SequenceRows
 from runtime.disk import cache_root, kept, locked
-from runtime.model.loader import resolve_model
+from runtime.model.directory import resolve_model
 from runtime.model.spec import ModelSpec
 from runtime.progress import doing
 from runtime.step import Choose, Int32

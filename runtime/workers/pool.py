@@ -23,7 +23,7 @@ from typing import Any
 
 from runtime.config import Config
 from runtime.errors import ConfigError
-from runtime.mesh.group import LOOPBACK
+from runtime.mesh import LOOPBACK
 from runtime.model.spec import ModelSpec
 
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}

@@ -23,8 +23,9 @@ from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch
 from runtime.model.cuda.graphs import GraphedDecoder
 from runtime.model.decoder import Decoder
-from runtime.model.loader import load_decoder, resolve_model
-from runtime.model.native import NativeDecoder
+from runtime.model.directory import resolve_model
+from runtime.model.loader import load_decoder
+from runtime.model.native.decoder import NativeDecoder
 from runtime.model.sampler import Sampled
 from runtime.model.spec import ModelSpec
 from runtime.retention import layer_groups

@@ -28,7 +28,7 @@ from benchmarks.speed.report import Floor, Method, verdict
 from runtime.config import Config, LookaheadConfig, ModelConfig
 from runtime.engine.engine import Engine
 from runtime.equality import Equality
-from runtime.model.loader import load_spec
+from runtime.model.directory import load_spec
 from runtime.model.shard import HeadShard
 from runtime.request import Completion, FinishReason, Usage
 from tests.models import save_tiny_model

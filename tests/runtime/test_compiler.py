@@ -46,6 +46,7 @@ def test_errors_name_the_remedy(source, monkeypatch):
         compiler.shared_library("a thing", source, [])
 
 
+@pytest.mark.slow
 def test_what_is_no_module_is_refused(source):
     with pytest.raises(BuildError, match="cannot be loaded"):
         compiler.load_extension("a thing", "thing", compiler.compile_extension("a thing", source))

@@ -92,6 +92,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
     ],
     ids=["llama", "llama-linear", "llama-yarn", "qwen2", "qwen3"],
 )
+@pytest.mark.slow
 def test_oracle_model_equals_hugging_face(tmp_path, architecture, settings) -> None:
     """All tokens seen; half of them hidden; every distance doubled. Hugging Face keeps norms and angles in float32."""
     from transformers import AutoModelForCausalLM

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer
 
 from runtime.errors import ConfigError, InvalidRequestError
-from runtime.model.loader import resolve_model
+from runtime.model.directory import resolve_model
 from runtime.tokenizer import Detokenizer, Tokenizer
 from tests.models import save_byte_tokenizer
 
@@ -481,7 +484,22 @@ def test_code_beside_a_tokenizer_is_not_run_and_nobody_is_asked(tiny_model, tmp_
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_a_byte_order_mark_that_transformers_cannot_read_is_named(tiny_model, tmp_path, name):
     shutil.copytree(tiny_model, tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    settings.pop("tokenizer_class")  # so that transformers looks into config.json
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
     path = tmp_path / "model" / name
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     with pytest.raises(ConfigError, match=f"{name} begins with a byte order mark"):
         Tokenizer(tmp_path / "model")
+
+
+def test_a_tokenizer_whose_class_is_named_is_the_one_that_transformers_takes(tiny_model, tmp_path):
+    theirs = AutoTokenizer.from_pretrained(tiny_model)
+    code = "import sys; from runtime.tokenizer import Tokenizer; Tokenizer(sys.argv[1]); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code, tiny_model], capture_output=True, text=True, check=True)
+    assert "transformers.models.llama.configuration_llama" not in loaded.stdout.split()
+    ours = Tokenizer(tiny_model)
+    assert (
+        type(ours._tokenizer) is type(theirs)
+        and ours._tokenizer.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    )

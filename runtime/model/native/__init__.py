@@ -5,6 +5,5 @@ and in bfloat16, and they cost a small step little more than reading the weights
 """
 
 from runtime.model.native.build import available, library
-from runtime.model.native.decoder import NativeDecoder, obstacle
 
-__all__ = ["NativeDecoder", "available", "library", "obstacle"]
+__all__ = ["available", "library"]

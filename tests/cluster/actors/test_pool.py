@@ -13,7 +13,7 @@ from cluster.client.backends import open_engine
 from runtime.config import Config, SamplingParams
 from runtime.engine.engine import Engine
 from runtime.errors import ConfigError, WorkerError
-from runtime.model.loader import load_spec
+from runtime.model.directory import load_spec
 from tests.models import save_tiny_model
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]

@@ -737,6 +737,7 @@ def command(*arguments, delays=(), **how):
     return subprocess.Popen([sys.executable, "-c", script], text=True, **how)
 
 
+@pytest.mark.system
 def test_standard_input_and_output_and_figures_on_standard_error(place):
     process = command("-", "-", "--json", stdin=subprocess.PIPE)
     out, err = process.communicate('{"prompt": "a"}\n{"prompt": "b", "x": 1}\n')
@@ -746,6 +747,7 @@ def test_standard_input_and_output_and_figures_on_standard_error(place):
     assert (totals["num_records"], totals["num_errors"], totals["num_retries"], totals["num_skipped"]) == (2, 1, 0, 0)
 
 
+@pytest.mark.system
 def test_a_process_substitution_is_read_once(place):
     place.fill(*prompts("a", "b"))
     read_fd, write_fd = os.pipe()
@@ -759,6 +761,7 @@ def test_a_process_substitution_is_read_once(place):
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.system
 def test_a_signal_ends_the_run_and_says_how_to_go_on(place, name, code):
     import signal
 
@@ -775,6 +778,7 @@ def test_a_signal_ends_the_run_and_says_how_to_go_on(place, name, code):
     assert place.texts() == ["a", "b", "c"]
 
 
+@pytest.mark.system
 def test_nobody_reads_any_more_and_the_run_ends_quietly(place):
     place.fill(*prompts(*(f"p{number}" for number in range(2000))))
     process = command(place.source, "-")
@@ -783,6 +787,7 @@ def test_nobody_reads_any_more_and_the_run_ends_quietly(place):
     assert process.wait(60) == 141 and process.stderr.read() == ""
 
 
+@pytest.mark.system
 def test_exit_codes_of_what_cannot_be_and_of_a_full_disk(place, tmp_path):
     place.fill(*prompts("a"))
     for arguments, code in (((place.source, tmp_path), 2), ((place.source, "/dev/full"), 1)):

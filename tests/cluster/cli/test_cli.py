@@ -230,6 +230,7 @@ def plain(model: Path) -> list[str]:
     return [f"--set={setting}" for setting in (f"model.path={model}", "model.device=cpu", "lookahead.enabled=false")]
 
 
+@pytest.mark.system
 def test_standard_input_that_is_no_text(model):
     done = piped("generate", "-", "--raw", *plain(model), given=b"caf\xe9")
     assert (done.returncode, done.stdout) == (2, b"")
@@ -239,6 +240,7 @@ def test_standard_input_that_is_no_text(model):
 
 
 @pytest.mark.parametrize("arguments", [(), ("--json",)], ids=["text", "json"])
+@pytest.mark.system
 def test_an_output_that_cannot_show_a_character(model, arguments):
     """The answer of 40 sampled bytes has characters beyond ASCII."""
     command = "generate", "abc", "--temperature", "3", "--max-new-tokens", "40", "--ignore-eos", *arguments
@@ -253,6 +255,7 @@ def test_an_output_that_cannot_show_a_character(model, arguments):
 
 
 @pytest.mark.parametrize("shell", ["| head -c 1", "| true", ">&-"])
+@pytest.mark.system
 def test_a_reader_that_has_gone(model, shell):
     done = piped("generate", "abc", "--max-new-tokens", "300", "--ignore-eos", *plain(model), shell=shell)
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr

@@ -11,7 +11,8 @@ from cluster.cli import doctor
 from runtime.mesh.mesh import Mesh
 from runtime.model.cuda.graphs import FixedView, GraphedDecoder
 from runtime.model.decoder import Decoder
-from runtime.model.loader import load_decoder, load_spec
+from runtime.model.directory import load_spec
+from runtime.model.loader import load_decoder
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,7 @@ def test_times_of_plain_and_wide_steps(decoder) -> None:
     assert re.fullmatch(words, doctor.time_graphs(decoder, rounds=1))
 
 
+@pytest.mark.system
 def test_processes_add_up_a_tensor() -> None:
     assert doctor._all_reduce("gloo").startswith("2 processes agree")
 

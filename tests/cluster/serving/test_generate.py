@@ -17,7 +17,7 @@ from cluster.serving.server import SERVICE_NAME
 from cluster.wire.statuses import CallError
 from runtime.config import Config, SamplingParams
 from runtime.engine.engine import Engine
-from runtime.model.loader import load_spec
+from runtime.model.directory import load_spec
 from runtime.request import FinishReason
 from tests.cluster.serving.serving import serving
 

@@ -132,6 +132,7 @@ def test_overflow(tmp_path, dtype):
 
 
 @pytest.mark.parametrize(("lp", "tp"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.system
 def test_on_a_mesh(broken, lp, tp):
     config = Config.from_dict(
         {

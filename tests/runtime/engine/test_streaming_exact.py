@@ -17,8 +17,9 @@ from runtime.errors import FieldError
 from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch
 from runtime.model.decoder import Decoder
+from runtime.model.directory import load_spec
 from runtime.model.kv_cache import KVCache
-from runtime.model.loader import load_decoder, load_spec
+from runtime.model.loader import load_decoder
 from runtime.retention import layer_groups
 from tests.models import save_tiny_model
 from tests.oracles import POLICIES, SEPARATORS, Dense, kept_ratios, seen, some_text

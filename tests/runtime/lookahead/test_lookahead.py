@@ -311,8 +311,8 @@ def test_tree_grows_likeliest_path_first_and_walks_the_longest():
     assert tree.rows.tokens == [5, 1, 2, 4, 9, 7]  # 0.6, 0.54, 0.3, 0.27, 0.15, but for RUN
     assert tree.rows.parents == [-1, 0, 1, 0, 2, 3]
     assert tree.margin == pytest.approx(0.15 * RUN)
-    assert tree.walk([1, 2, 9, 0, 6, 0]) == ([1, 2, 4], [1, 2, 9, 6])
-    assert tree.walk([8, 0, 0, 0, 0, 0]) == ([], [8])
+    assert tree.walk(np.array([1, 2, 9, 0, 6, 0])) == ([1, 2, 4], [1, 2, 9, 6])
+    assert tree.walk(np.array([8, 0, 0, 0, 0, 0])) == ([], [8])
 
 
 def test_tree_keeps_within_its_room_depth_and_what_it_is_cut_to():
@@ -323,7 +323,7 @@ def test_tree_keeps_within_its_room_depth_and_what_it_is_cut_to():
     tree.fill(99)
     assert len(tree.rows) == 7
     tree.truncate(2)
-    assert tree.rows.tokens == [5, 1, 2] and tree.walk([1, 2, 9]) == ([1, 2], [1, 2, 9])
+    assert tree.rows.tokens == [5, 1, 2] and tree.walk(np.array([1, 2, 9])) == ([1, 2], [1, 2, 9])
     assert tree.next_probability == 0
 
 
@@ -339,7 +339,7 @@ def test_candidates_that_are_never_accepted_are_trusted_less():
         trees.append(CandidateTree(rows, (5,), 99, [source], Judge(acceptance)))
         before = trees[-1].next_probability
         trees[-1].fill(2)
-        trees[-1].learn([8] * 3)
+        trees[-1].learn(np.array([8] * 3))
     assert trees[0].next_probability == pytest.approx(0.3, rel=0.2)
     assert before < 0.2  # of 0.6
 
@@ -412,7 +412,7 @@ def test_partition_is_closed_under_ancestors_and_balanced(num_replicas):
     for _ in range(50):
         size = generator.randint(1, 120)
         parents = [generator.randint(max(-1, i - 9), i - 1) for i in range(size)]
-        owner, replicas = partition(parents, num_replicas)
+        owner, replicas = partition(np.array(parents), num_replicas)
         for row, parent in enumerate(parents):
             assert replicas[row] and replicas[row] >> num_replicas == 0
             assert replicas[row] >> owner[row] & 1
@@ -427,12 +427,12 @@ def test_partition_of_the_papers_window_halves_it():
     window = Window(15, 5, prompt=[1])
     window.levels = [[1] * 15 for _ in range(4)]
     window.lay_out(rows)
-    _, replicas = partition(rows.parents, 2)
+    _, replicas = partition(np.array(rows.parents), 2)
     sizes = [sum(mask >> r & 1 for mask in replicas) for r in range(2)]
     assert max(sizes) <= 36  # 60 rows, 15 of them in row 0
     assert min(sizes) >= 30
 
 
 def test_partition_gives_an_unsplittable_chain_to_one_replica():
-    owner, replicas = partition([-1, 0, 1, 2], 4)
+    owner, replicas = partition(np.array([-1, 0, 1, 2]), 4)
     assert set(owner.tolist()) == {0} and set(replicas.tolist()) == {1}

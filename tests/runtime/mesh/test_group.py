@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.mesh.group import LOOPBACK, Group
+from runtime.mesh import LOOPBACK
+from runtime.mesh.group import Group
 
 RANKS = 3
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.model.loader import load_spec
+from runtime.model.directory import load_spec
 from tests.zoo import TRAINED, VARIANTS, make_model, run_tensor_parallel, some_tokens
 
 pytestmark = pytest.mark.system

@@ -22,6 +22,7 @@ WIDE = LookaheadConfig(planner=False, window_size=6, ngram_size=4, row_budget=70
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_deterministic_lookahead_equals_plain_to_the_last_token(tiny_model, dtype):
     """No near-tie is excused: in bfloat16 there would be many."""
     generator = random.Random(1)

@@ -15,8 +15,9 @@ import torch
 
 from runtime.errors import ConfigError
 from runtime.mesh.mesh import Mesh
+from runtime.model.directory import load_spec, resolve_model
 from runtime.model.gguf import converted
-from runtime.model.loader import load_decoder, load_spec, resolve_model
+from runtime.model.loader import load_decoder
 from runtime.tokenizer import Tokenizer
 from tests.runtime.model.gguf_files import VOCABULARY, gguf_model, symbols, write_gguf
 from tests.zoo import Runner

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import errors
 
 from runtime.errors import ConfigError
-from runtime.model.loader import load_spec, resolve_model
+from runtime.model.directory import load_spec, resolve_model
 from runtime.model.weights import check_weights
 from tests.models import save_byte_tokenizer
 from tests.zoo import make_model

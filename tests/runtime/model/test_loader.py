@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from runtime.errors import ConfigError
 from runtime.mesh.mesh import Mesh
+from runtime.model.directory import load_spec, resolve_model
 from runtime.model.gguf import converted, embedded_file
-from runtime.model.loader import load_decoder, load_spec, resolve_model
+from runtime.model.loader import load_decoder
 from tests.models import save_byte_tokenizer
 from tests.zoo import Runner, make_model, some_tokens
 

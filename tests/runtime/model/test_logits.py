@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from runtime.mesh.mesh import Mesh
-from runtime.model.loader import load_decoder, load_spec, resolve_model
+from runtime.model.directory import load_spec, resolve_model
+from runtime.model.loader import load_decoder
 from tests.zoo import TRAINED, VARIANTS, Runner, make_model, some_tokens
 
 TOLERANCE = 1e-4

@@ -14,7 +14,7 @@ import pytest
 
 from runtime.config import CacheConfig
 from runtime.errors import ConfigError
-from runtime.model.loader import load_spec
+from runtime.model.directory import load_spec
 from runtime.model.spec import ModelSpec
 from tests.zoo import TRAINED, VARIANTS, make_config, make_model
 

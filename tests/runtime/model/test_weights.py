@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from runtime.errors import ConfigError
 from runtime.mesh.mesh import Mesh
-from runtime.model.loader import load_decoder, load_spec
+from runtime.model.directory import load_spec
+from runtime.model.loader import load_decoder
 from runtime.model.weights import INDEX, SINGLE, check_weights
 from tests.zoo import Runner, make_model, some_tokens
 

@@ -14,7 +14,7 @@ from runtime.config import Config
 from runtime.engine.engine import Engine
 from runtime.engine.scoring import Scorer
 from runtime.errors import ConfigError, NumericsError
-from runtime.model.loader import for_model
+from runtime.model.directory import for_model
 from runtime.training.config import TrainingConfig
 from runtime.training.corpus import Samples, pack
 from runtime.training.report import read_log

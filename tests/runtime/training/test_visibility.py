@@ -165,6 +165,6 @@ def test_packed_documents_give_the_logits_of_each_alone(architecture) -> None:
     together = packed()
     found = logits(together)
     for sample, start, stop in pieces(together):
-        for end in {stop, (start + stop + 1) // 2}:
+        for end in {stop, (start + stop + 1) // 2} - {start + 1}:  # a token alone makes no sample
             alone = logits(pack([together.tokens[sample, start:end]], end - start, fill=0))
             assert torch.allclose(found[sample, start:end], alone[0], atol=1e-4)

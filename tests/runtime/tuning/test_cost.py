@@ -14,7 +14,7 @@ import pytest
 from cluster.cli import planning
 from runtime import Config, Engine, LookaheadConfig, SamplingParams
 from runtime.errors import ConfigError
-from runtime.model.loader import load_spec
+from runtime.model.directory import load_spec
 from runtime.tuning import choose, cost
 from runtime.tuning.cost import CostCurve, RunningCost
 

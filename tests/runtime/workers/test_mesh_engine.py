@@ -103,7 +103,7 @@ def test_a_dead_worker_is_an_error_in_bounded_time(tiny_model):
 
 
 def test_a_worker_that_cannot_start_says_why(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("runtime.model.loader.check_weights", lambda directory, spec: None)  # whole here, not there
+    monkeypatch.setattr("runtime.model.directory.check_weights", lambda directory, spec: None)  # whole here, not there
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in tiny_model.iterdir():

@@ -13,7 +13,7 @@ import pytest
 
 from runtime import Engine, SamplingParams
 from runtime.errors import ConfigError
-from runtime.model.loader import load_spec
+from runtime.model.directory import load_spec
 from runtime.workers.pool import ProcessPool
 from tests.runtime.workers.test_mesh_engine import make_config
 

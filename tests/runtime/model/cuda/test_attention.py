@@ -27,6 +27,7 @@ def agrees(layer: Layer, found: torch.Tensor) -> bool:
 
 @BOTH
 @pytest.mark.parametrize("policy", ALL)
+@pytest.mark.slow
 def test_every_policy_with_trees_on_several_sequences(policy: str, kernels: bool) -> None:
     """Two steps; a path through the first tree is accepted, part of it from a branch."""
     layer = Layer(ALL[policy], kernels, **SMALL)

@@ -38,6 +38,7 @@ def check(found: list[Compiled]) -> None:
         assert one.shared <= MOST_SHARED[one.capability], one
 
 
+@pytest.mark.slow
 def test_kernels_compile_and_do_not_spill_for_heads_of_128_features() -> None:
     found = run("--head-dim", "128", "--dtype", "bf16")
     check(found)

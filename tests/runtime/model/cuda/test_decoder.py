@@ -23,7 +23,8 @@ from runtime.model.cuda.choice import cuda_decoder, cuda_obstacle
 from runtime.model.cuda.decoder import EAGER, CudaDecoder, Operations
 from runtime.model.cuda.paged_cache import OutOfPagesError
 from runtime.model.decoder import Decoder
-from runtime.model.loader import load_decoder, load_spec
+from runtime.model.directory import load_spec
+from runtime.model.loader import load_decoder
 from runtime.retention import layer_groups
 from tests.models import save_tiny_model
 from tests.oracles import POLICIES, some_text
@@ -191,6 +192,7 @@ def talkative(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("policy", ["full", "sink", "sep", "streaming"])
+@pytest.mark.slow
 def test_an_engine_on_paged_caches_gives_the_same_tokens(talkative, policy, monkeypatch) -> None:
     """Greedy alone, with lookahead and without, and sampled in company."""
     cache = POLICIES[policy]

@@ -17,7 +17,8 @@ from runtime import Config, Engine, LookaheadConfig, SamplingParams
 from runtime.mesh.mesh import Mesh
 from runtime.model.cuda.graphs import Graph, GraphedDecoder, Shape
 from runtime.model.decoder import Decoder
-from runtime.model.loader import load_decoder, load_spec
+from runtime.model.directory import load_spec
+from runtime.model.loader import load_decoder
 from tests.models import save_tiny_model
 from tests.oracles import POLICIES, some_text
 from tests.runtime.engine.test_engine import PLAIN
@@ -195,6 +196,7 @@ def talkative(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("policy", ["full", "sink", "sep", "streaming"])
+@pytest.mark.slow
 def test_an_engine_on_fixed_shapes_gives_the_same_tokens(talkative, policy, monkeypatch) -> None:
     """Greedy alone, with lookahead and without, and sampled in company."""
     cache = POLICIES[policy]

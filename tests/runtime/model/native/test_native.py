@@ -20,9 +20,11 @@ from runtime.mesh.mesh import Mesh
 from runtime.model import native
 from runtime.model.attention import RowBatch
 from runtime.model.decoder import Decoder
+from runtime.model.directory import load_spec
 from runtime.model.kv_cache import KVCache
-from runtime.model.loader import load_decoder, load_spec
-from runtime.model.native import NativeDecoder, build
+from runtime.model.loader import load_decoder
+from runtime.model.native import build
+from runtime.model.native.decoder import NativeDecoder
 from runtime.model.sampler import Logits
 from runtime.retention import layer_groups
 from tests.models import save_tiny_model
@@ -319,6 +321,7 @@ def test_without_a_working_compiler_torch_runs(tmp_path: Path, tiny_model: Path,
         build._loaded.cache_clear()
 
 
+@pytest.mark.system
 def test_processes_that_build_at_once_build_once(tmp_path: Path) -> None:
     code = "from runtime.model import native; works, where = native.available(); assert works, where"
     compiler = " ".join(find_compiler(os.environ.get("CXX")).command)
