@@ -91,6 +91,8 @@ class Checkpoint:
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows start .. stop-1 of a tensor."""
+        import torch
+
         slot = self._slots[name]
         runs = slot.runs(start, slot.num_rows if stop is None else stop) or [(0, 0)]
         parts = [self._slice(slot.name)[first:behind] for first, behind in runs]
