@@ -148,10 +148,12 @@ def plot(
         axes.set(
             xticks=range(len(served_under)), xticklabels=served_under, title=title, ylabel="perplexity", yscale="log"
         )
-        axes.yaxis.set_major_formatter("{x:.0f}")
-        axes.yaxis.set_minor_formatter("{x:.0f}")
+        axes.yaxis.set_major_formatter("{x:.1f}")
+        axes.yaxis.set_minor_formatter("{x:.1f}")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, fontsize="small")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside lower center", ncols=5
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
