@@ -59,7 +59,8 @@ struct Sampling {
         int64_t rank = 0;
         for (const int packed : likeliest) {
             const double scaled = log_of(packed) / temperature;
-            const bool stays = scaled >= floor && (top_k <= 0 || rank < top_k) && (top_p >= 1 || reached < enough);
+            // The likeliest stays whatever the filters, where sums underflow, too.
+            const bool stays = rank == 0 || (scaled >= floor && (top_k <= 0 || rank < top_k) && (top_p >= 1 || reached < enough));
             reached += std::exp(scaled);
             ++rank;
             found.push_back(stays ? scaled + gumbel(seed, position, packed >> TOP_BITS) : NONE);

@@ -309,6 +309,7 @@ class RecycleSource : public Source {
     // Classes of margins, half a nat wide and best first; the outer ones are open.
     static double margin_of(int kind) { return (CLASSES / 2 - 0.5 - kind) * 0.5; }
     static int kind_of(double margin) {
+        if (!(margin > -CLASSES)) return CLASSES - 1;  // what is no number, too
         return static_cast<int>(std::clamp(std::floor(CLASSES / 2 - margin / 0.5), 0.0, CLASSES - 1.0));
     }
 

@@ -241,7 +241,7 @@ def test_what_cannot_be_sent_does_not_end_the_conversation(client: Client) -> No
 
 # Refusals
 
-NEWER = bytes([(15 << 3) | 0, 1])  # field 15, a varint, 1
+NEWER = bytes([0x98, 0x06, 1])  # field 99, a varint, 1
 
 BAD_MESSAGES = {
     "nothing": (pb.ConverseRequest(), "event"),
@@ -255,12 +255,12 @@ BAD_MESSAGES = {
     "window of 0": (pb.ConverseRequest(turn=pb.Turn(text="A", lookahead={"window_size": 0})), "lookahead.window_size"),
     "empty id": (pb.ConverseRequest(turn=pb.Turn(text="A"), session_id=""), "session_id"),
     "long id": (pb.ConverseRequest(stop=pb.StopTurn(), session_id="x" * 129), "session_id"),
-    "newer message": (pb.ConverseRequest.FromString(NEWER), "request = 'field 15'"),
-    "newer turn": (pb.ConverseRequest(turn=pb.Turn.FromString(NEWER)), "turn = 'field 15'"),
-    "newer stop": (pb.ConverseRequest(stop=pb.StopTurn.FromString(NEWER)), "stop = 'field 15'"),
+    "newer message": (pb.ConverseRequest.FromString(NEWER), "request = 'field 99'"),
+    "newer turn": (pb.ConverseRequest(turn=pb.Turn.FromString(NEWER)), "turn = 'field 99'"),
+    "newer stop": (pb.ConverseRequest(stop=pb.StopTurn.FromString(NEWER)), "stop = 'field 99'"),
     "newer sampling": (
         pb.ConverseRequest(turn=pb.Turn(text="A", sampling=pb.SamplingParams.FromString(NEWER))),
-        "turn.sampling = 'field 15'",
+        "turn.sampling = 'field 99'",
     ),
 }
 

@@ -16,7 +16,7 @@ from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.pb.outrider.v1 import generation_pb2_grpc as pb_grpc
 from cluster.serving.server import MAX_MESSAGE_BYTES, SERVICE_NAME
 from cluster.wire.statuses import CallError
-from runtime.config import Config
+from runtime.config import Config, SamplingParams
 from runtime.errors import ConfigError, InvalidRequestError, ResourceExhaustedError, WorkerError
 from runtime.request import FinishReason
 from tests.cluster.serving.scripted_engine import ScriptedEngine
@@ -98,7 +98,9 @@ def test_every_kind_of_prompt_and_every_parameter_arrives(client: Client, engine
     engine.validate = lambda request: seen.append(request)  # type: ignore[method-assign]
     sampling = {
         "max_new_tokens": 2, "temperature": 0.7, "top_k": 5, "top_p": 0.1, "seed": 2**63 - 1,
-        "stop_token_ids": (7, 8), "ignore_eos": True,
+        "stop_token_ids": (7, 8), "ignore_eos": True, "min_new_tokens": 1, "min_p": 0.25, "repetition_penalty": 1.5,
+        "presence_penalty": -0.5, "frequency_penalty": 0.25, "logit_bias": {3: 1.5}, "stop": ("###",),
+        "include_stop": True, "n": 1, "logprobs": 0, "prompt_logprobs": 3,
     }  # fmt: skip
     lookahead = {
         "enabled": False, "window_size": 3, "ngram_size": 4, "guess_set_size": 2, "sources": ("suffix",),
@@ -110,7 +112,9 @@ def test_every_kind_of_prompt_and_every_parameter_arrives(client: Client, engine
     text, chat, ids = seen
     assert text.prompt_ids == ids.prompt_ids == (65, 98) and chat.prompt_ids == tuple(b"user:Ab\n")
     assert text.request_id == "r1" and chat.request_id and chat.request_id != ids.request_id
-    assert text.sampling.model_dump() == sampling and text.lookahead.model_dump() == lookahead
+    assert text.sampling.model_dump(include=set(sampling)) == sampling and text.lookahead.model_dump() == lookahead
+    forms = {"json_schema", "json_object", "regex", "choice", "grammar"}  # which contradict some of these
+    assert set(SamplingParams.model_fields) - set(sampling) == forms
     assert chat.sampling == engine.config.sampling.merged({"max_new_tokens": 1})
     assert chat.lookahead == engine.config.lookahead
     assert ids.lookahead == engine.config.lookahead.merged({"window_size": 7})
@@ -176,7 +180,7 @@ def test_bad_requests_are_invalid_arguments_that_name_the_field(client: Client, 
     [(pb.GenerateRequest, "request"), (pb.SamplingParams, "sampling"), (pb.ChatMessage, "messages.messages[1]")],
 )
 def test_fields_of_a_newer_client_are_refused_not_ignored(client: Client, kind: type, where: str) -> None:
-    newer = kind.FromString(bytes([(15 << 3) | 0, 1]))  # field 15, a varint, 1
+    newer = kind.FromString(bytes([0x98, 0x06, 1]))  # field 99, a varint, 1
     request = newer if kind is pb.GenerateRequest else pb.GenerateRequest()
     if kind is pb.ChatMessage:
         request.messages.messages.extend([pb.ChatMessage(role="user", content="A"), newer])
@@ -186,7 +190,7 @@ def test_fields_of_a_newer_client_are_refused_not_ignored(client: Client, kind: 
         request.sampling.MergeFrom(newer)
     error = failure(lambda: generate(client, request))
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
-    assert error.details.startswith(f"{where} =") and "15" in error.details, error.details
+    assert error.details.startswith(f"{where} =") and "99" in error.details, error.details
 
 
 def test_an_id_in_use_already_exists(client: Client) -> None:
