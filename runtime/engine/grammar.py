@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Collection, Sequence
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,7 @@ MOST_KEPT = 256
 """Grammars that stay compiled."""
 
 # What bounds the work on a grammar: to compile it takes a fraction of a second, a mask some milliseconds, at most.
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 100_000,
     "step_max_items": 20_000,
@@ -33,7 +33,7 @@ LIMITS = {
     "max_lexer_states": 50_000,
     "max_grammar_size": 100_000,
 }
-JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Grammar(Constraint):
