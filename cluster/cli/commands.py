@@ -254,7 +254,7 @@ def train(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a model under the cache policy that it is to be served under.
+    """Train a model under the cache policy that will serve it.
 
     From scratch, or from a checkpoint. What comes out is a directory that `outrider serve --set model.path=...` serves
     under the same policy without being told. Its name goes to standard output, progress to standard error.
