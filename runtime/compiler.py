@@ -153,6 +153,7 @@ def compile_ahead(libraries: Iterable[Callable[[], object]]) -> None:
 
 _ahead: list[threading.Thread] = []
 _running: set[subprocess.Popen[str]] = set()
+_ending = threading.Event()
 
 
 def _tried(library: Callable[[], object]) -> None:
@@ -162,10 +163,11 @@ def _tried(library: Callable[[], object]) -> None:
 
 @atexit.register
 def _end_compilers() -> None:
+    _ending.set()
     for process in list(_running):
         process.kill()
     for thread in _ahead:
-        thread.join(timeout=2)  # it removes what is half done
+        thread.join(timeout=10)  # it removes what is half done; and half an import, torch's say, complains at the end
 
 
 def _run(commands: Sequence[Sequence[str]]) -> None:
@@ -173,6 +175,8 @@ def _run(commands: Sequence[Sequence[str]]) -> None:
     with contextlib.ExitStack() as stack:
         processes = []
         for command in commands:
+            if _ending.is_set():
+                raise BuildError("the program ends")
             process = stack.enter_context(
                 subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             )

@@ -31,6 +31,8 @@ def _compile_for_ranks() -> None:
 def compile_all(config: Config) -> None:
     """Begin to compile what an engine of this config will need."""
     compile_core()
+    import torch  # noqa: F401  # here, where it is awaited: a program that ends while a thread imports it complains
+
     if config.model.device != "cuda" and config.model.kernels != "torch":
         _compile_for_cpus()
     if config.parallel.tp > 1 or config.parallel.split == "auto":
