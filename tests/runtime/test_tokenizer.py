@@ -493,6 +493,7 @@ def test_a_byte_order_mark_that_transformers_cannot_read_is_named(tiny_model, tm
         Tokenizer(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_a_tokenizer_whose_class_is_named_is_the_one_that_transformers_takes(tiny_model, tmp_path):
     theirs = AutoTokenizer.from_pretrained(tiny_model)
     code = "import sys; from runtime.tokenizer import Tokenizer; Tokenizer(sys.argv[1]); print(*sys.modules)"

@@ -46,6 +46,7 @@ def engine_on(place: Path, kind: type[CudaDecoder], **settings) -> Engine:
     return Engine(config, spec, Tokenizer(directory), LocalExecutor(config, spec, lambda *_: kind(decoder)))
 
 
+@pytest.mark.slow
 def test_requests_wait_for_pages_in_the_order_in_which_they_came(tiny_model) -> None:
     """Two pages each where four are: two run at a time, and a small one does not overtake who waits."""
     prompts = [some_tokens(290, seed=seed) for seed in range(3)] + [some_tokens(9, seed=3)]

@@ -65,6 +65,7 @@ def test_a_rows_token_depends_on_seed_and_position_alone():
     assert len(set(choose(LOGITS.expand(200, -1), rows_at([7] * 200), many))) > 5
 
 
+@pytest.mark.slow
 def test_top_k_and_top_p_sample_the_renormalised_rest():
     count = 20_000
     probabilities = LOGITS.double().softmax(0)

@@ -130,6 +130,7 @@ def test_an_engine_takes_the_models_policy_and_a_setting_takes_its_place(tmp_pat
     assert error.value.field == "cache.capacity"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_stopped(tmp_path) -> None:
     whole = run(tmp_path, name="whole")
     stopped = TrainingConfig.from_dict(settings_of(tmp_path, name="stopped"))
