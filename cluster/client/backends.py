@@ -89,23 +89,18 @@ def open_engine(config: Config, prepare: bool = False) -> Iterator[Engine]:
         from runtime.tuning import choose
 
         config = choose.resolved(config, open_engine)
-    if config.parallel.num_workers == 1:
+    with ExitStack() as stack:
+        pool = None
+        if config.parallel.num_workers > 1:
+            from cluster.actors.pool import RayPool
+
+            pool = stack.enter_context(closing(RayPool(config)))
         from runtime.engine.engine import Engine
 
-        with Engine.from_config(config) as engine:
-            if prepare:
-                engine.prepare()
-            yield engine
-        return
-    from cluster.actors.pool import RayPool
-
-    with closing(RayPool(config)) as pool:
-        from runtime.engine.engine import Engine
-
-        with Engine.from_config(config, pool) as engine:
-            if prepare:
-                engine.prepare()
-            yield engine
+        engine = stack.enter_context(Engine.from_config(config, pool))
+        if prepare:
+            engine.prepare()
+        yield engine
 
 
 class InProcess:

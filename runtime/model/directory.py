@@ -17,7 +17,7 @@ from runtime.disk import cache_root, kept
 from runtime.errors import ConfigError
 from runtime.files import read_json
 from runtime.model.gguf_file import is_gguf
-from runtime.model.spec import ModelSpec, checked_values, read_spec
+from runtime.model.spec import ModelSpec, read_spec
 from runtime.model.trained_policy import with_trained_policy
 from runtime.model.weights import check_weights
 
@@ -60,7 +60,6 @@ def load_spec(directory: Path) -> ModelSpec:
     """
     path = directory / "generation_config.json"
     raw, generation = _read_config(directory), read_json(path) if path.exists() else {}
-    checked_values(raw, directory)
     known = cache_root() / "specs" / f"{_fingerprint(raw, generation)}.json"
     with contextlib.suppress(OSError, ValueError):  # not there, or not whole
         return _SPEC.validate_json(known.read_bytes())

@@ -311,9 +311,12 @@ def read_spec(raw: Mapping[str, Any], generation: Mapping[str, Any], source: Pat
 
     Raises ConfigError naming what is wrong with a value, or what Outrider cannot run.
     """
-    architecture = architecture_name(raw)
+    architecture = architecture_name(raw)  # before transformers, whose import is slow and whose refusals are vague
     kind = ARCHITECTURES[architecture]
-    values = checked_values(raw, source)
+    values = Values(raw, "config.json", source)
+    if raw.get("model_type", kind.model_type) != kind.model_type:
+        raise values.refused("model_type", f"is not that of {architecture}, {kind.model_type}")
+    values.check(kind.norm_eps, kind.partial_rotary, LAYER_TYPES if kind.local_rope else ())
     eos_token_ids = Values(generation, "generation_config.json", source).end_tokens(raw["vocab_size"])
     eos_token_ids = eos_token_ids or values.end_tokens(raw["vocab_size"])
     from huggingface_hub.errors import StrictDataclassError
@@ -325,19 +328,6 @@ def read_spec(raw: Mapping[str, Any], generation: Mapping[str, Any], source: Pat
     except (StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         problem = f"cannot be read ({' '.join(str(error).split())})"
         raise ConfigError("config.json", str(source), problem, "Mend the file.") from error
-
-
-def checked_values(raw: Mapping[str, Any], source: Path) -> Values:
-    """What config.json of `source` says, `raw`, each value on its own. Raises ConfigError for what Outrider cannot run.
-
-    Needs no transformers, whose import is slow and whose refusals are vague.
-    """
-    architecture = architecture_name(raw)
-    kind, values = ARCHITECTURES[architecture], Values(raw, "config.json", source)
-    if raw.get("model_type", kind.model_type) != kind.model_type:
-        raise values.refused("model_type", f"is not that of {architecture}, {kind.model_type}")
-    values.check(kind.norm_eps, kind.partial_rotary, LAYER_TYPES if kind.local_rope else ())
-    return values
 
 
 def architecture_name(config: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ from runtime.model.decoder import Decoder
 from runtime.model.sampler import Logits, Logprobs, Parameters, Sampled, TokenChooser, best_of_shards, top_tokens
 from runtime.model.shard import split
 from runtime.retention import LayerGroup
-from runtime.step import MOST_TOP_K, Int32, Seq
+from runtime.step import MOST_TOP_K, Int32
 
 MEMORY_SHARE = 0.85
 """Of the device's free memory, for pages."""
@@ -179,7 +179,7 @@ class CudaDecoder(TokenChooser):
         if not len(wanted):
             step.forward(batch)
             return np.zeros((0, 1 + top_k), np.int32)
-        filters = sampled is not None and _filters(sampled)
+        filters = sampled is not None and bool(Parameters(sampled.sequences).is_filtered.any())
         choosing = Choosing(self.padded(len(wanted)), top_k, sampled is not None, filters)
         return step.choose(batch, wanted, choosing, sampled)
 
@@ -224,11 +224,6 @@ def _is_plain(sampled: Sampled) -> bool:
     """Whether what the kernels of draw.py know decides."""
     more = sampled.counts, sampled.biases, sampled.mask_of
     return all(part is None for part in more) and not (Parameters(sampled.sequences).min_p > 0).any()
-
-
-def _filters(sampled: Sampled) -> bool:
-    top_p = sampled.sequences[:, Seq.TOP_P].view(np.float32)
-    return bool(((sampled.sequences[:, Seq.TOP_K] > 0) | (top_p < 1)).any())
 
 
 class _Step:
