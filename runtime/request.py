@@ -26,6 +26,47 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True)
+class AnswerSoFar:
+    """What a caller has of an answer already, from a run that was broken off."""
+
+    token_ids: tuple[int, ...] = ()
+    index: int = 0
+    """Which of the request's n answers."""
+    has_ended: bool = False
+    """The answer is whole: nothing more of it is given."""
+
+
+@dataclass(frozen=True)
+class TurnStart:
+    """Where a turn of a conversation began: eviction per turn makes room there, so whoever reads the text again has to
+    know."""
+
+    position: int
+    """Tokens in the cache then."""
+    num_coming: int
+    """Most tokens that prompt and answer could have."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a conversation has had before, to be read again with its next turn."""
+
+    token_ids: tuple[int, ...]
+    """All prompts and answers."""
+    rope_length: int
+    """Of the first prompt, tokens: what dynamic RoPE scales by."""
+    turn_starts: tuple[TurnStart, ...] = ()
+    """Ascending; where eviction is per turn."""
+    ends_in_answer: bool = True
+    """False where the last turn was withdrawn while its prompt was read."""
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens that were in the cache at its end: an answer's last token waits for the next turn."""
+        return len(self.token_ids) - self.ends_in_answer
+
+
+@dataclass(frozen=True)
 class Request:
     """One prompt to be continued."""
 
@@ -37,10 +78,18 @@ class Request:
     """The conversation whose next turn this is; the prompt is then what the turn appends to it."""
     index: int = 0
     """Which of the answers to one prompt this is for."""
+    so_far: tuple[AnswerSoFar, ...] = ()
+    """What the caller has already of each answer, at most one for each index; the rest is given, as if those tokens had
+    been emitted just now."""
     is_checked: bool = False
     """`Engine.validate` has seen it, which takes a while for a long prompt, and found nothing."""
     arrival_s: float = field(default_factory=time.perf_counter)
     """time.perf_counter() when the request arrived; latencies count from here."""
+
+    @property
+    def resume_from(self) -> tuple[int, ...]:
+        """Tokens of its own answer that the caller has already."""
+        return next((so_far.token_ids for so_far in self.so_far if so_far.index == self.index), ())
 
 
 def derived_seed(seed: int, index: int) -> int:
@@ -54,10 +103,11 @@ def derived_seed(seed: int, index: int) -> int:
 
 
 def forks(request: Request) -> list[Request]:
-    """The requests for each of its n answers; where that is 1, itself."""
+    """The requests for each of its n answers that is not whole already; where n is 1, itself."""
     sampling = request.sampling
     if sampling.n == 1:
         return [request]
+    whole = {so_far.index for so_far in request.so_far if so_far.has_ended}
     return [
         replace(
             request,
@@ -66,6 +116,7 @@ def forks(request: Request) -> list[Request]:
             index=index,
         )
         for index in range(sampling.n)
+        if index not in whole
     ]
 
 
@@ -75,6 +126,7 @@ class Usage:
 
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
+    """Tokens of the answer, those included that the caller had before."""
     num_steps: int = 0
     """Steps that emitted tokens: the first is the one that ran the prompt's last chunk."""
     num_rows: int = 0
@@ -91,11 +143,13 @@ class Usage:
     """Of the tokens up to the newest cached one, the share that it saw: the kept KV at the last step."""
     kept_sum: float = 1.0
     """The same, summed over all tokens before the division: the mean kept KV, as SepLLM's r.KV counts it."""
+    num_resumed_tokens: int = 0
+    """Tokens of the answer that the caller had before; no step of this run emitted them."""
 
     @property
     def tokens_per_step(self) -> float:
         """S, the step compression."""
-        return self.num_new_tokens / self.num_steps if self.num_steps else 0.0
+        return (self.num_new_tokens - self.num_resumed_tokens) / self.num_steps if self.num_steps else 0.0
 
     @property
     def rows_per_step(self) -> float:

@@ -52,6 +52,8 @@ class LayerGroup:
 
     layers: tuple[int, ...]
     new: Callable[[], Retention]
+    per_turn: bool = False
+    """What they keep depends on where turns began."""
 
 
 def layer_groups(cache: CacheConfig, num_layers: int, max_positions: int) -> tuple[LayerGroup, ...]:
@@ -93,7 +95,7 @@ def layer_groups(cache: CacheConfig, num_layers: int, max_positions: int) -> tup
 
     full_layers = {layer % num_layers for layer in cache.full_layers or ()}
     others = tuple(layer for layer in range(num_layers) if layer not in full_layers)
-    groups = (LayerGroup(others, policy), LayerGroup(tuple(sorted(full_layers)), full))
+    groups = (LayerGroup(others, policy, cache.evict == "turn"), LayerGroup(tuple(sorted(full_layers)), full))
     return tuple(group for group in groups if group.layers)
 
 
@@ -117,3 +119,5 @@ class Ledger(core.Ledger):
     def __init__(self, groups: Sequence[LayerGroup], capacity: int | None) -> None:
         """`capacity`: most tokens that one may see where the policy is bounded, else None."""
         super().__init__([(group.new(), len(group.layers)) for group in groups], capacity)
+        self.per_turn = any(group.per_turn for group in groups)
+        """What is kept depends on where turns began."""

@@ -80,24 +80,33 @@ class AnswerText:
     """The text of an answer as it may be shown, step by step: no half of a character, and nothing that may still become
     a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], sampling: SamplingParams, given: Sequence[int] = ()
+    ) -> None:
+        """`given`: tokens of the answer whose text has been shown before."""
         self._detokenizer = Detokenizer(tokenizer, prompt_ids)
         self._search = StopStrings(sampling.stop)
         self._include_stop = sampling.include_stop
         self._num_free = sampling.min_new_tokens if sampling.stop else 0
+        self._shown_of(given, is_stopped=False)
 
     def push(self, output: StepOutput) -> str:
         """The text that became certain with a step; with the last one, all that is left."""
-        tokens, shown = output.text_ids, ""
+        shown = self._shown_of(output.text_ids, output.is_stopped)
+        if output.finish_reason is not None and not output.is_stopped:
+            shown += self._search.flush() + self._detokenizer.flush()
+        return shown
+
+    def _shown_of(self, tokens: Sequence[int], is_stopped: bool) -> str:
+        """The text that becomes certain with these tokens; `is_stopped`: the last completes a stop string."""
+        shown = ""
         for index, token in enumerate(tokens):
             piece = self._detokenizer.push([token])
             if self._num_free:
                 self._num_free -= 1
                 shown += piece
-            elif output.is_stopped and index == len(tokens) - 1:
-                return shown + self._search.cut(piece, self._include_stop)
+            elif is_stopped and index == len(tokens) - 1:
+                shown += self._search.cut(piece, self._include_stop)
             else:
                 shown += self._search.push(piece)
-        if output.finish_reason is not None:
-            shown += self._search.flush() + self._detokenizer.flush()
         return shown

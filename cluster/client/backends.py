@@ -153,7 +153,9 @@ class _Answer(Iterator[Chunk]):
         self._capacity = engine.capacity
         self._session = session
         requests = forks(request)
-        self._texts = [AnswerText(engine.tokenizer, each.prompt_ids, each.sampling) for each in requests]
+        self._texts = [
+            AnswerText(engine.tokenizer, each.prompt_ids, each.sampling, each.resume_from) for each in requests
+        ]
         self._outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
         self._live: set[str] = set()
         try:

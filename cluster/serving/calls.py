@@ -56,7 +56,8 @@ async def answer(loop: EngineLoop, tokenizer: Tokenizer, request: Request) -> As
             except BaseException:
                 live.discard(each.request_id)
                 raise
-        shown = [AnswerText(tokenizer, each.prompt_ids, each.sampling) for each in requests]
+        texts = [AnswerText(tokenizer, each.prompt_ids, each.sampling, each.resume_from) for each in requests]
+        shown_of = {each.index: text for each, text in zip(requests, texts, strict=True)}
         num_unfinished = len(requests)
         while num_unfinished:
             output = await outputs.get()
@@ -64,7 +65,7 @@ async def answer(loop: EngineLoop, tokenizer: Tokenizer, request: Request) -> As
                 assert output.failure is not None
                 raise output.failure
             num_unfinished -= output.finish_reason is not None
-            yield replace(output, request_id=request.request_id), shown[output.index].push(output)
+            yield replace(output, request_id=request.request_id), shown_of[output.index].push(output)
     finally:
         for request_id in list(live):  # the others' ids may be of other requests by now
             loop.cancel(request_id)

@@ -164,7 +164,7 @@ def _read(message: bytes, engine: Engine) -> Request:
     prompt, request_id = requests.read_prompt(request), requests.read_id(request, "request_id")
     sampling = requests.read_sampling(request, engine.config.sampling)
     lookahead = requests.read_lookahead(request, engine.config.lookahead)
-    return engine.make_request(prompt, sampling, lookahead, request_id)
+    return engine.make_request(prompt, sampling, lookahead, request_id, so_far=requests.read_so_far(request))
 
 
 class GenerationServer:

@@ -14,7 +14,7 @@ from cluster.pb.outrider.v1 import generation_pb2 as pb
 from runtime.config import LookaheadConfig, SamplingParams
 from runtime.errors import InvalidRequestError
 from runtime.prompts import as_messages, as_token_ids, check_shapes
-from runtime.request import Prompt
+from runtime.request import AnswerSoFar, Prompt
 
 M = TypeVar("M", bound=Message)
 
@@ -159,6 +159,11 @@ def read_prompt(request: pb.GenerateRequest | pb.Turn) -> Prompt:
     if not prompt:
         raise InvalidRequestError(kind, prompt, "is empty", "Send a prompt that is not empty.")
     return prompt
+
+
+def read_so_far(request: pb.GenerateRequest) -> tuple[AnswerSoFar, ...]:
+    """What the client has already of the answers."""
+    return tuple(AnswerSoFar(tuple(one.token_ids), one.index, one.has_ended) for one in request.resume_from)
 
 
 def read_id(request: Message, field: str) -> str | None:

@@ -17,7 +17,7 @@ import torch
 
 from runtime.config import Config, LookaheadConfig, SamplingParams, Section
 from runtime.core import Bigrams
-from runtime.engine import logprobs
+from runtime.engine import logprobs, resuming
 from runtime.engine.admission import Admission
 from runtime.engine.grammar import Grammar, Grammars
 from runtime.engine.logprobs import PromptLogprobs
@@ -30,7 +30,18 @@ from runtime.model.directory import checked_model, for_model
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.prompts import as_prompt, as_prompts, kind_of
-from runtime.request import CacheReport, Completion, FinishReason, Prompt, Request, StepOutput, TokenLogprobs, forks
+from runtime.request import (
+    AnswerSoFar,
+    CacheReport,
+    Completion,
+    FinishReason,
+    Past,
+    Prompt,
+    Request,
+    StepOutput,
+    TokenLogprobs,
+    forks,
+)
 from runtime.retention import with_separator_ids
 from runtime.step import Choose, Int32, StepPlan, StepResult
 from runtime.stops import AnswerText, StopWatch
@@ -198,11 +209,14 @@ class Engine:
         lookahead: LookaheadConfig | Mapping[str, Any] | None = None,
         request_id: str | None = None,
         session: Session | None = None,
+        so_far: Sequence[AnswerSoFar] = (),
     ) -> Request:
         """Tokenise a prompt (`runtime.prompts.as_prompt` says what may be one); parameters not given, or not named in a
         mapping, are the run's defaults. Raises InvalidRequestError.
 
-        With a `session`, the request is its next turn, and the prompt what the turn appends. Safe from any thread.
+        With a `session`, the request is its next turn, and the prompt what the turn appends. `so_far` is what the
+        caller has already of the answers, from a run that was broken off: only what follows is given, the same as in
+        that run. Safe from any thread.
         """
         if session is not None and not isinstance(session, Session):
             problem, remedy = f"is of type {type(session).__name__}", "Hand in what open_session has given."
@@ -230,6 +244,7 @@ class Engine:
             sampling=sampling,
             lookahead=_parameters("lookahead", lookahead, self.config.lookahead),
             session_id=session.session_id if session is not None else None,
+            so_far=tuple(so_far),
         )
         self.validate(request)
         return replace(request, is_checked=True)
@@ -258,6 +273,7 @@ class Engine:
             raise self._too_long(len(ids))  # before its tokens are looked at, which may be millions
         named = (
             ("token_ids", ids),
+            ("resume_from", tuple(token for so_far in request.so_far for token in so_far.token_ids)),
             ("sampling.stop_token_ids", request.sampling.stop_token_ids),
             ("sampling.logit_bias", tuple(request.sampling.logit_bias)),
         )
@@ -276,6 +292,7 @@ class Engine:
             remedy = "Lower it, shorten the prompt, enlarge the cache, or set cache.evict to token."
             raise InvalidRequestError("sampling.max_new_tokens", request.sampling.max_new_tokens, problem, remedy)
         self._grammars.grammar(request.sampling)
+        resuming.check(request, self.spec.eos_token_ids, self._scheduler.make_ledger, self._beside)
         rows = request.lookahead.window_rows
         if not request.lookahead.planner and rows > self.config.scheduler.max_rows:
             problem = f"the window takes {rows} rows, and a step holds {self.config.scheduler.max_rows}"
@@ -315,17 +332,25 @@ class Engine:
             if self._admission.holds(request_id):
                 self._aborted.add(request_id)
 
-    def open_session(self, session_id: str | None = None) -> Session:
-        """Start a conversation, which holds its cache slot from its first turn on.
+    def open_session(self, session_id: str | None = None, past: Past | None = None) -> Session:
+        """Start a conversation, which holds its cache slot from its first turn on. One with a past goes on with it: it
+        is read with the first turn.
 
         Raises InvalidRequestError where the id is in use, ResourceExhaustedError where too many are open.
         """
-        session = Session(session_id if session_id is not None else f"session-{next(self._ids)}")
+        session_id = session_id if session_id is not None else f"session-{next(self._ids)}"
+        session = Session.with_past(session_id, past)
+        if past is not None and not all(0 <= token < self.spec.vocab_size for token in past.token_ids):
+            problem, remedy = (
+                "has tokens that this model does not have",
+                "Take it up with the model that it was had with.",
+            )
+            raise InvalidRequestError("past", f"{len(past.token_ids)} tokens", problem, remedy)
         self._check_open()
         with self._turn:
             self._admission.open(session.session_id)
             self._measuring = None
-            self._scheduler.open_session(session.session_id)
+            self._scheduler.open_session(session_id, past)
         return session
 
     def close_session(self, session: Session) -> None:
@@ -337,6 +362,17 @@ class Engine:
             request_id = self._scheduler.close_session(session.session_id)
             if request_id is not None:
                 self.abort(request_id)
+
+    def read_again(self) -> None:
+        """To be called once the workers' caches are empty, as after they were started anew, and before the next step:
+        every running request goes on where it stands, after its text has been read again, and open conversations too,
+        with their next turns."""
+        with self._turn:
+            self._measuring = None
+            for sequence in self._scheduler.running.values():
+                if not sequence.usage.num_new_tokens:
+                    self._prompt_logprobs.drop(sequence.request.request_id)
+            self._scheduler.read_again()
 
     @property
     def has_work(self) -> bool:
@@ -458,9 +494,14 @@ class Engine:
         return found, of_prompt
 
     def _beside(self, request: Request) -> tuple[StopWatch | None, Grammar | None]:
-        """What looks at an answer's text, and what its text is bound to."""
+        """What looks at an answer's text, and what its text is bound to; both have seen what the caller has of it."""
         watch = StopWatch(self.tokenizer, request) if request.sampling.stop else None
-        return watch, self._grammars.grammar(request.sampling)
+        grammar = self._grammars.grammar(request.sampling)
+        if watch is not None:
+            watch.first_end(request.resume_from)
+        if grammar is not None:
+            grammar.accept(request.resume_from)
+        return watch, grammar
 
     def _account(self, step: StepPlan, seconds: dict[str, float], plan: float, verify: float) -> None:
         self.stats.num_steps += 1
@@ -573,7 +614,7 @@ class Engine:
         last = run[-1]
         assert last.finish_reason is not None
         lengths = tuple(len(output.token_ids) for output in run if output.token_ids)
-        shown = AnswerText(self.tokenizer, request.prompt_ids, request.sampling)
+        shown = AnswerText(self.tokenizer, request.prompt_ids, request.sampling, request.resume_from)
         return Completion(
             request.request_id,
             request.prompt_ids,

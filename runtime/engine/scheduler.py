@@ -19,7 +19,7 @@ from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.sequence import Sequence, StepRows, Watch
 from runtime.mesh.device import pick_device
 from runtime.model.spec import ModelSpec
-from runtime.request import Request, Usage
+from runtime.request import Past, Request, Usage
 from runtime.retention import Ledger, layer_groups
 from runtime.step import FOREVER, MASK_WORDS, Bias, Int32, Seq, StepPlan
 from runtime.tuning.cost import RunningCost, assumed
@@ -70,6 +70,7 @@ class Scheduler:
         """By cache slot."""
         self.sessions: dict[str, Sequence | None] = {}
         """Open conversations; each has its sequence, and with it a slot, from its first turn on."""
+        self._pasts: dict[str, Past] = {}  # of conversations without a sequence: what is to be read before a first turn
         self.knowledge = Knowledge()
         """What lookahead learns, shared by the sequences that do not want their own."""
         self.cost = RunningCost(assumed(config.scheduler.max_rows), config.scheduler.max_rows)
@@ -87,13 +88,16 @@ class Scheduler:
         """Queue a request; whether it may come is Admission's to say."""
         self.waiting.append(request)
 
-    def open_session(self, session_id: str) -> None:
-        """Start a conversation."""
+    def open_session(self, session_id: str, past: Past | None = None) -> None:
+        """Start a conversation, or go on with one that had this past."""
         self.sessions[session_id] = None
+        if past is not None and past.token_ids:
+            self._pasts[session_id] = past
 
     def close_session(self, session_id: str) -> str | None:
         """End a conversation. Its slot is free, at once or when its turn, whose request id is returned, is dropped."""
         sequence = self.sessions.pop(session_id)
+        self._pasts.pop(session_id, None)
         if sequence is not None and sequence.slot not in self.running:
             self._leave(sequence)
         live = (*self.waiting, *(sequence.request for sequence in self.running.values()))
@@ -111,13 +115,23 @@ class Scheduler:
             if sequence.request.request_id in request_ids:
                 sequence.withdraw_turn()
                 self.release(slot)
-                dropped.append((sequence.request, replace(sequence.usage, num_seen_tokens=sequence.ledger.length)))
+                dropped.append((sequence.request, replace(sequence.usage, num_seen_tokens=sequence.num_seen)))
         return dropped
+
+    def read_again(self) -> None:
+        """The workers' caches are new and empty: all that they had is read again, what runs at once, a conversation
+        that rests with its next turn."""
+        self.forget_texts()
+        self._reused.clear()
+        resting = (sequence for sequence in self.sessions.values() if sequence is not None)
+        for sequence in {id(sequence): sequence for sequence in (*self.running.values(), *resting)}.values():
+            sequence.read_again(self.make_ledger())
+            self._emptied[sequence.slot] = None
 
     def unread(self, request: Request) -> Usage:
         """What a request has cost that was never run."""
-        sequence = self._conversation_of(request)
-        seen = sequence.ledger.length if sequence is not None else 0
+        sequence, past = self._conversation_of(request), self._past_of(request)
+        seen = sequence.num_seen if sequence is not None else past.num_cached if past is not None else 0
         return Usage(num_prompt_tokens=len(request.prompt_ids), num_seen_tokens=seen)
 
     def forget_texts(self) -> None:
@@ -144,7 +158,7 @@ class Scheduler:
 
     def _place(self, request: Request, free: deque[int]) -> Place | None:
         """The slot that a new request gets; None: it waits."""
-        if not self._reuses or request.sampling.prompt_logprobs is not None:
+        if not self._reuses or request.sampling.prompt_logprobs is not None or self._past_of(request) is not None:
             return Place(free[0])
         others = ((slot, other.text, other.num_cached) for slot, other in self.running.items() if other.is_sound)
         return self._texts.place(np.asarray(request.prompt_ids, np.int64), free, others)
@@ -202,13 +216,20 @@ class Scheduler:
                 self._texts.take(slot)
                 self.memory.promise(slot, request)
                 kinds = self.make_ledger(), self.spec.eos_token_ids, self.knowledge, *self._beside(request)
-                sequence = self.running[slot] = Sequence(request, slot, *kinds, num_reused=place.length)
+                past = self._past_of(request)
+                sequence = Sequence(request, slot, *kinds, num_reused=place.length, past=past)
                 if place.length:
                     self._reused.append((slot, place.source, place.length))
                 else:
                     self._emptied[slot] = None
                 if request.session_id is not None:
                     self.sessions[request.session_id] = sequence
+                    self._pasts.pop(request.session_id, None)
+                if past is not None and sequence.is_full:
+                    sequence.withdraw_turn()
+                    refused.append(request)
+                else:
+                    self.running[slot] = sequence
             else:
                 self.waiting.append(request)
         return refused
@@ -216,6 +237,10 @@ class Scheduler:
     def _conversation_of(self, request: Request) -> Sequence | None:
         """The sequence that the request is a turn of, if that has begun."""
         return self.sessions.get(request.session_id) if request.session_id is not None else None
+
+    def _past_of(self, request: Request) -> Past | None:
+        """What is to be read before the request, the first turn since its conversation was taken up again."""
+        return self._pasts.get(request.session_id) if request.session_id is not None else None
 
     def plan(self) -> Step | None:
         """The next step: every running sequence's rows, in slot order. None if there are none.

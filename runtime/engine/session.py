@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime.request import StepOutput
+from runtime.request import Past, StepOutput
 
 
 @dataclass
@@ -17,6 +17,14 @@ class Session:
     num_turns: int = 0
     """Turns that have ended, and left something in the cache."""
     num_seen_tokens: int = 0
+
+    @classmethod
+    def with_past(cls, session_id: str, past: Past | None) -> Session:
+        """One that is opened with this past, if it has one."""
+        if past is None or not past.token_ids:
+            return cls(session_id)
+        last_token = past.token_ids[-1] if past.ends_in_answer else None
+        return cls(session_id, last_token, num_turns=1, num_seen_tokens=past.num_cached)
 
     def take(self, output: StepOutput) -> None:
         """To be called with every output of the session's turns."""

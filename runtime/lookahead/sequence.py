@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections import deque
 from collections.abc import Collection
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
@@ -10,7 +12,7 @@ from typing import Protocol
 from runtime.core import TAIL, CandidateTree, Constraint, SequenceRows
 from runtime.lookahead.guesser import Guesser
 from runtime.lookahead.knowledge import Knowledge
-from runtime.request import FinishReason, Request, Usage
+from runtime.request import FinishReason, Past, Request, TurnStart, Usage
 from runtime.retention import Ledger
 from runtime.step import Int32
 
@@ -50,23 +52,29 @@ class Sequence:
         watch: Watch | None = None,
         constraint: Constraint | None = None,
         num_reused: int = 0,
+        past: Past | None = None,
     ) -> None:
         """`knowledge` is what the sequences of an engine share, unless the request wants its own; of the prompt, the
-        cache has `num_reused` tokens already."""
+        cache has `num_reused` tokens already. `past`: what is read again before the prompt."""
         self.slot, self.ledger, self._eos_token_ids = slot, ledger, eos_token_ids
         self._shared = knowledge
         self.request = request
-        self.text: list[int] = []
+        self.text: list[int] = list(past.token_ids) if past is not None else []
         """Prompts and answers, the newest tokens of them at least."""
         self.next_token = -1
         """The one behind the last planned step's chain; -1: none, the chain reaches the text's end."""
         self.num_cached = 0
         """Tokens of the whole text in the cache once the next plan's commits are done."""
-        self.rope_length = len(request.prompt_ids)
+        self.num_coming = 0
+        """Tokens that a turn may add, to be told to the workers with its first step; 0 afterwards."""
+        self.rope_length = past.rope_length if past is not None else len(request.prompt_ids)
         """What dynamic RoPE scales by: the first prompt's length."""
         self.commit_rows: list[int] = []
         """Rows of the last step (this sequence's own numbering) that the next plan commits."""
-        self._num_forgotten = 0  # tokens before text[0]
+        self._forgotten = array("i")  # tokens before text[0]: they may have to be read again
+        self._turn_starts = list(past.turn_starts) if past is not None else []  # where eviction is per turn
+        self._turns_ahead = deque(self._turn_starts)  # of those, the ones that the text read so far does not reach
+        self._num_settled = past.num_cached if past is not None else 0  # tokens in the cache when the last turn ended
         self._guesser: Guesser | None = None
         self._step: StepRows | None = None
         self._doubtful = False
@@ -75,16 +83,15 @@ class Sequence:
         self._enter_text(num_reused)
 
     def begin_turn(self, request: Request, watch: Watch | None = None, constraint: Constraint | None = None) -> None:
-        """Append a prompt, to be answered. `watch` says where the answer's text ends it, `constraint` which tokens it
-        may have."""
+        """Append a prompt, to be answered, and what the caller has of the answer. `watch` says where the answer's text
+        ends it, `constraint` which tokens it may have; both have seen what the caller has."""
         self.watch, self.is_stopped = watch, False
         self.constraint = constraint
         renewed = self._guesser is None or self.request.lookahead != request.lookahead
         self.request = request
-        self.usage = Usage(num_prompt_tokens=len(request.prompt_ids))
-        self.num_coming = len(request.prompt_ids) + request.sampling.max_new_tokens
-        """Tokens the turn may add, to be told to the workers with its first step; 0 afterwards."""
-        self.ledger.begin_turn(self.num_coming)
+        given = request.resume_from
+        self.usage = Usage(len(request.prompt_ids), num_new_tokens=len(given), num_resumed_tokens=len(given))
+        self._turn_starts_at(self.num_seen)
         self.text += request.prompt_ids
         self.output_start = self._num_forgotten + len(self.text)
         """Position of the answer's first token."""
@@ -97,12 +104,68 @@ class Sequence:
         if self._guesser is not None:
             self._guesser.begin_turn(request.sampling, constraint)
             self._guesser.observe(self.text[-min(num_new, HISTORY) :], is_prompt=True)
+        self.text += given
+        if self._guesser is not None and given:
+            self._guesser.observe(given, is_prompt=False)
+
+    def read_again(self, ledger: Ledger) -> None:
+        """The caches have lost the sequence: its whole text is read once more, in the same order, evicted at the same
+        places, and the answer goes on where it stands. `ledger` is a new account."""
+        self._num_settled = max(self.num_cached, self._num_settled)
+        self.ledger = ledger
+        self.text[:0] = self._forgotten
+        self._forgotten = array("i")
+        self.num_cached, self.commit_rows = 0, []
+        self._step, self._doubtful = None, False
+        self._turns_ahead = deque(self._turn_starts)
+        if ledger.per_turn:
+            self._begin_turns_here()
+        else:
+            self.num_coming = self._most_coming  # the workers are to know this turn's parameters
+
+    @property
+    def _most_coming(self) -> int:
+        return len(self.request.prompt_ids) + self.request.sampling.max_new_tokens
+
+    @property
+    def num_seen(self) -> int:
+        """Tokens that the conversation has put into the cache, though it may be reading some of them again."""
+        return max(self.num_cached, self._num_settled)
+
+    def past(self) -> Past:
+        """What a sequence like this one, between two turns, would have to read."""
+        text = (*self._forgotten, *self.text)
+        return Past(text, self.rope_length, tuple(self._turn_starts), len(text) > self.num_seen)
+
+    def _turn_starts_at(self, position: int) -> None:
+        """A turn begins when so many tokens are in the cache."""
+        if not self.ledger.per_turn:
+            self.num_coming = self._most_coming
+            return
+        start = TurnStart(position, self._most_coming)
+        self._turn_starts.append(start)
+        self._turns_ahead.append(start)
+        self._begin_turns_here()
+
+    def _begin_turns_here(self) -> None:
+        while self._turns_ahead and self._turns_ahead[0].position == self.num_cached:
+            self.num_coming = self._turns_ahead.popleft().num_coming
+            self.ledger.begin_turn(self.num_coming)
 
     def withdraw_turn(self) -> None:
         """The turn ends before its time: what was not read of its prompt is dropped."""
         if self.usage.num_new_tokens == 0:
-            unread = min(self.num_uncached, len(self.request.prompt_ids))
+            unread = min(self._num_forgotten + len(self.text) - self.num_seen, len(self.request.prompt_ids))
             del self.text[len(self.text) - unread :]
+        else:
+            self._num_settled = max(self.num_seen, self._num_forgotten + len(self.text) - 1)
+        if self._turns_ahead and self._turns_ahead[-1].position >= self.num_seen:  # the turn has not begun
+            self._turn_starts.pop()
+            self._turns_ahead.pop()
+
+    @property
+    def _num_forgotten(self) -> int:
+        return len(self._forgotten)
 
     @property
     def num_uncached(self) -> int:
@@ -140,6 +203,8 @@ class Sequence:
         """
         rows = SequenceRows(first_position=self.num_cached)
         horizon, start = self.ledger.horizon, self.num_cached - self._num_forgotten
+        if self._turns_ahead:
+            horizon = min(horizon, self._turns_ahead[0].position)
         chain = self.text[start : start + min(max_chain, horizon - self.num_cached)]
         rows.add_chain(chain, reaches_end=start + len(chain) == len(self.text))
         self.next_token = self.text[start + len(chain)] if start + len(chain) < len(self.text) else -1
@@ -177,6 +242,7 @@ class Sequence:
             self._learn(step, chosen, top)
             self.commit_rows = list(range(num_chain))
         self._enter_cache(rows, self.commit_rows)
+        self._begin_turns_here()
         if rows.root < 0 or not walked:
             return [], None
         emitted, reason = self._until_end(walked)
@@ -240,12 +306,13 @@ class Sequence:
             kept_last=ledger.kept_last,
             kept_sum=ledger.kept_sum,
             num_reused_tokens=usage.num_reused_tokens,
+            num_resumed_tokens=usage.num_resumed_tokens,
         )
 
     def _forget(self) -> None:
         """Keep an endless text from filling the memory."""
         if len(self.text) > 2 * HISTORY:
-            self._num_forgotten += len(self.text) - HISTORY
+            self._forgotten.extend(self.text[:-HISTORY])
             del self.text[:-HISTORY]
             if self._guesser is not None:
                 self._guesser.forget(self.text)

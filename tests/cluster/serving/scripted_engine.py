@@ -17,7 +17,7 @@ from runtime.config import Config, LookaheadConfig, SamplingParams
 from runtime.engine.session import Session
 from runtime.errors import InvalidRequestError
 from runtime.model.spec import ModelSpec, RopeSpec
-from runtime.request import CacheReport, FinishReason, Request, StepOutput, Usage
+from runtime.request import AnswerSoFar, CacheReport, FinishReason, Past, Request, StepOutput, Usage
 
 
 class LetterTokenizer:
@@ -111,6 +111,7 @@ class ScriptedEngine:
         lookahead: LookaheadConfig | None = None,
         request_id: str | None = None,
         session: Session | None = None,
+        so_far: Sequence[AnswerSoFar] = (),
     ) -> Request:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
@@ -125,6 +126,7 @@ class ScriptedEngine:
             sampling or self.config.sampling,
             lookahead or self.config.lookahead,
             session.session_id if session is not None else None,
+            so_far=tuple(so_far),
         )
 
     def validate(self, request: Request) -> None:
@@ -142,14 +144,15 @@ class ScriptedEngine:
         if request.session_id is not None:
             assert all(other.request.session_id != request.session_id for other in self._sequences.values())
             tokens = self.sessions[request.session_id]
-        tokens += request.prompt_ids
-        usage = Usage(num_prompt_tokens=len(request.prompt_ids))
+        tokens += request.prompt_ids + request.resume_from
+        given = len(request.resume_from)
+        usage = Usage(len(request.prompt_ids), num_new_tokens=given, num_resumed_tokens=given)
         self._sequences[request.request_id] = _Sequence(request, usage, tokens)
         self.stats.num_requests += 1
 
-    def open_session(self, session_id: str) -> None:
+    def open_session(self, session_id: str, past: Past | None = None) -> None:
         assert session_id not in self.sessions and len(self.sessions) < self.config.scheduler.session_limit
-        self.sessions[session_id] = []
+        self.sessions[session_id] = list(past.token_ids) if past is not None else []
 
     def close_session(self, session: Session) -> None:
         del self.sessions[session.session_id]
@@ -224,6 +227,7 @@ class ScriptedEngine:
             num_seen_tokens=len(held),
             kept_last=0.5,
             kept_sum=0.75,
+            num_resumed_tokens=usage.num_resumed_tokens,
         )
         self.stats.num_tokens += len(run)
         if reason is not None:

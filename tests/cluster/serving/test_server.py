@@ -295,7 +295,7 @@ def test_workers_that_fail_make_the_server_unavailable(client: Client, engine: S
 def test_a_defect_is_internal_and_logged(
     client: Client, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug")
 
     engine.make_request = broken  # type: ignore[method-assign, assignment]

@@ -19,20 +19,32 @@ FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_CANCELLED: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("text", "messages", "token_ids", "sampling", "lookahead", "request_id")
+    __slots__ = ("text", "messages", "token_ids", "sampling", "lookahead", "request_id", "resume_from")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     LOOKAHEAD_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
     text: str
     messages: ChatMessages
     token_ids: TokenIds
     sampling: SamplingParams
     lookahead: LookaheadParams
     request_id: str
-    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., lookahead: _Optional[_Union[LookaheadParams, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    resume_from: _containers.RepeatedCompositeFieldContainer[AnswerSoFar]
+    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., lookahead: _Optional[_Union[LookaheadParams, _Mapping]] = ..., request_id: _Optional[str] = ..., resume_from: _Optional[_Iterable[_Union[AnswerSoFar, _Mapping]]] = ...) -> None: ...
+
+class AnswerSoFar(_message.Message):
+    __slots__ = ("token_ids", "index", "has_ended")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    HAS_ENDED_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    index: int
+    has_ended: bool
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., index: _Optional[int] = ..., has_ended: _Optional[bool] = ...) -> None: ...
 
 class ConverseRequest(_message.Message):
     __slots__ = ("turn", "stop", "session_id")
@@ -224,7 +236,7 @@ class ConverseResponse(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., turn_index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_accepted: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_new_tokens", "num_steps", "tokens_per_step", "num_rows", "rows_per_step", "ttft_s", "latency_s", "kept_last", "kept_sum", "num_seen_tokens", "num_reused_tokens")
+    __slots__ = ("num_prompt_tokens", "num_new_tokens", "num_steps", "tokens_per_step", "num_rows", "rows_per_step", "ttft_s", "latency_s", "kept_last", "kept_sum", "num_seen_tokens", "num_reused_tokens", "num_resumed_tokens")
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -237,6 +249,7 @@ class Usage(_message.Message):
     KEPT_SUM_FIELD_NUMBER: _ClassVar[int]
     NUM_SEEN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_REUSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RESUMED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_new_tokens: int
     num_steps: int
@@ -249,7 +262,8 @@ class Usage(_message.Message):
     kept_sum: float
     num_seen_tokens: int
     num_reused_tokens: int
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_new_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., tokens_per_step: _Optional[float] = ..., num_rows: _Optional[int] = ..., rows_per_step: _Optional[float] = ..., ttft_s: _Optional[float] = ..., latency_s: _Optional[float] = ..., kept_last: _Optional[float] = ..., kept_sum: _Optional[float] = ..., num_seen_tokens: _Optional[int] = ..., num_reused_tokens: _Optional[int] = ...) -> None: ...
+    num_resumed_tokens: int
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_new_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., tokens_per_step: _Optional[float] = ..., num_rows: _Optional[int] = ..., rows_per_step: _Optional[float] = ..., ttft_s: _Optional[float] = ..., latency_s: _Optional[float] = ..., kept_last: _Optional[float] = ..., kept_sum: _Optional[float] = ..., num_seen_tokens: _Optional[int] = ..., num_reused_tokens: _Optional[int] = ..., num_resumed_tokens: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
