@@ -81,6 +81,8 @@ class Request:
     so_far: tuple[AnswerSoFar, ...] = ()
     """What the caller has already of each answer, at most one for each index; the rest is given, as if those tokens had
     been emitted just now."""
+    run_key: str = ""
+    """Stands for all that decides the answers: model, cache policy, prompt and sampling."""
     is_checked: bool = False
     """`Engine.validate` has seen it, which takes a while for a long prompt, and found nothing."""
     arrival_s: float = field(default_factory=time.perf_counter)

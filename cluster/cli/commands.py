@@ -20,6 +20,7 @@ from cluster.cli.options import (
     ConfigOption,
     JsonOption,
     LookaheadOption,
+    PatienceOption,
     SetOption,
     request_overrides,
     with_sampling,
@@ -66,6 +67,7 @@ def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
 def generate(
     prompt: Annotated[str, typer.Argument(help="The user's message (or raw text); - reads standard input.")],
     address: AddressOption = None,
+    patience: PatienceOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     chat: Annotated[bool, typer.Option("--chat/--raw", help="A message in the chat template, or raw text.")] = True,
@@ -88,9 +90,11 @@ def generate(
 
     if picture is not None:
         pictures.check(picture, address)
+    if patience is not None and address is None:
+        raise ConfigError("--patience", patience, "is for a server's answers", "Name one with --address.")
     text = streams.read_text() if prompt == "-" else prompt
     message: Prompt = [{"role": "user", "content": text}] if chat else text
-    backend, defaults = _backend(address, config, set_ or (), lookahead)
+    backend, defaults = _backend(address, config, set_ or (), lookahead, patience)
     with closing(backend):
         chunks = []
         stream = None
@@ -191,7 +195,7 @@ def run_batch(
             min=0,
             metavar="S",
             help="Seconds without any answer after which a server that is full or away is not asked again.",
-            show_default="300 if full, 30 if away",
+            show_default="300; 30 for one that never answered",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -217,7 +221,7 @@ def run_batch(
     totals = batch.Totals()
 
     def connect() -> tuple[Backend, dict[str, dict[str, Any]]]:
-        backend, defaults = _backend(address, config, set_ or (), lookahead)
+        backend, defaults = _backend(address, config, set_ or (), lookahead, batch.away_patience_s(patience))
         return backend, {"sampling": defaults["sampling"] | sampling, "lookahead": defaults["lookahead"]}
 
     try:
@@ -316,16 +320,21 @@ def version() -> None:
 
 
 def _backend(
-    address: str | None, config: Path | None, settings: Sequence[str], lookahead: bool | None
+    address: str | None,
+    config: Path | None,
+    settings: Sequence[str],
+    lookahead: bool | None,
+    patience_s: float | None = None,
 ) -> tuple[Backend, dict[str, dict[str, Any]]]:
-    """Where answers come from, and the parameters to send along with every request, by section."""
+    """Where answers come from, and the parameters to send along with every request, by section. `patience_s`: with a
+    server that went away."""
     from cluster.client import backends
 
     if address is not None:
         overrides = request_overrides(config, settings)
         if lookahead is not None:
             overrides["lookahead"]["enabled"] = lookahead
-        return backends.Remote(address), overrides
+        return backends.Remote(address, patience_s), overrides
     if lookahead is not None:
         settings = [*settings, f"lookahead.enabled={str(lookahead).lower()}"]
     return backends.InProcess(Config.load(config, settings)), {"sampling": {}, "lookahead": {}}

@@ -25,6 +25,15 @@ AddressOption = Annotated[
     str | None,
     typer.Option(metavar="HOST:PORT", help="Ask a running server instead of loading the model here.", envvar=None),
 ]
+PatienceOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="S",
+        help="Seconds that an answer is waited for whose server went away; it goes on where it was.",
+        show_default="120",
+    ),
+]
 LookaheadOption = Annotated[
     bool | None, typer.Option("--lookahead/--no-lookahead", help="Shorthand for lookahead.enabled.")
 ]

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.client.client import Client
+from cluster.client.resuming import NO_LIMIT, Patience
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.wire.answers import Chunk, cache_is_full, num_accepted
 from cluster.wire.requests import one_prompt
@@ -244,8 +245,10 @@ class LocalConversation:
 class Remote:
     """A server's GenerationService."""
 
-    def __init__(self, address: str) -> None:
-        self._client = Client(address)
+    def __init__(self, address: str, patience_s: float | None = None) -> None:
+        """`patience_s`: how long an answer that is broken off is waited for, if not as `Client` does by itself."""
+        patience = Patience() if patience_s is None else Patience(NO_LIMIT, patience_s)
+        self._client = Client(address, patience.retries, patience.seconds)
 
     def stream(self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any]) -> Iterator[Chunk]:
         prompt = as_prompt(prompt)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,13 +15,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.client.address import channel_options, checked
 from cluster.client.conversation import Conversation
+from cluster.client.resuming import Patience, Resumption
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.pb.outrider.v1 import generation_pb2_grpc as pb_grpc
-from cluster.wire.answers import Answer, Chunk, by_index, read_chunk
+from cluster.wire.answers import Answer, Chunk, by_index
 from cluster.wire.requests import prompted
-from cluster.wire.statuses import CallError, call_error
+from cluster.wire.statuses import TAKEN, CallError, call_error
 from runtime.errors import InvalidRequestError
 from runtime.prompts import check_unicode
+
+log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 16 * 2**20
 
@@ -56,20 +61,61 @@ def _answer(chunks: Sequence[Chunk]) -> Answer:
 
 
 class Stream(Iterator[Chunk]):
-    """The chunks of one call, as they come. Raises CallError. Closing it early cancels the request."""
+    """The chunks of one request, as they come. Closing it early cancels the request.
 
-    def __init__(self, call: Any, address: str) -> None:
-        self._call, self._address = call, address
+    Where the connection breaks or the server goes away, the rest is asked for, and goes on identically: who reads sees
+    a pause. Raises CallError where that does not help, or patience has ended.
+    """
+
+    def __init__(
+        self,
+        stub: pb_grpc.GenerationServiceStub,
+        resumption: Resumption,
+        reached: threading.Event,
+        address: str,
+        timeout_s: float | None,
+    ) -> None:
+        self._stub, self._resumption, self._reached, self._address = stub, resumption, reached, address
+        self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self._closed = threading.Event()
+        self._call = self._start()
+
+    def _start(self) -> Any:
+        left_s = None if self._deadline_s is None else max(self._deadline_s - time.monotonic(), 0.0)
+        return self._stub.Generate(self._resumption.request(), timeout=left_s)
 
     def __next__(self) -> Chunk:
-        try:
-            message = next(self._call)
-            return read_chunk(message, message.request_id)
-        except grpc.RpcError as error:
-            raise call_error(error, self._address) from None
+        while True:
+            try:
+                message = next(self._call)
+            except grpc.RpcError as error:
+                broken = call_error(error, self._address)
+                if self._resumption.is_whole_at(broken):
+                    raise StopIteration from None
+                self._go_on(broken)
+                continue
+            self._reached.set()
+            return self._resumption.take(message)
+
+    def _go_on(self, error: CallError) -> None:
+        """Ask for the rest, after a pause. Raises the error where that is of no use."""
+        if self._closed.is_set():
+            raise error from None
+        was_taken = TAKEN in dict(self._call.initial_metadata() or ())
+        pause_s = self._resumption.pause_after(error, was_taken or self._reached.is_set())
+        if self._resumption.num_tries == 1:
+            log.warning("%s; going on as soon as a server answers", error)
+        if self._deadline_s is not None:
+            pause_s = min(pause_s, max(self._deadline_s - time.monotonic(), 0.0))
+        if self._closed.wait(pause_s):
+            raise error from None
+        self._call = self._start()
+        if self._closed.is_set():
+            self._call.cancel()
 
     def close(self) -> None:
         """Cancel the call if it has not ended."""
+        self._closed.set()
         self._call.cancel()
 
     def __enter__(self) -> Self:
@@ -82,15 +128,22 @@ class Stream(Iterator[Chunk]):
 class Client:
     """One connection; calls may come from any number of threads at once."""
 
-    def __init__(self, address: str) -> None:
-        """`address` is HOST:PORT. Raises ConfigError if it is not."""
+    def __init__(self, address: str, retries: int = Patience.retries, patience_s: float = Patience.seconds) -> None:
+        """`address` is HOST:PORT. An answer that is broken off is resumed, by at most so many tries in a row, for at
+        most `patience_s` seconds without a sign of it; 0 of either: its break is an error. Raises ConfigError."""
         self.address = checked(address)
+        self._patience = Patience(retries, patience_s)
+        self._reached = threading.Event()  # whether a server has answered here
         limits = [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             # A server that is started again is found within seconds; gRPC by itself waits up to two minutes.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 2_000),
+            # A server that vanished without a word is missed within half a minute.
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.max_pings_without_data", 0),
         ]
         self._channel = grpc.insecure_channel(self.address, options=[*limits, *channel_options(self.address)])
         self._generation = pb_grpc.GenerationServiceStub(self._channel)
@@ -118,7 +171,8 @@ class Client:
             request.request_id = _checked_id("request_id", request_id)
         timeout_s = _checked_timeout(timeout_s)
         self._check_open()
-        return Stream(self._generation.Generate(request, timeout=timeout_s), self.address)
+        resumption = Resumption(request, self._patience)
+        return Stream(self._generation, resumption, self._reached, self.address, timeout_s)
 
     def converse(self, session_id: str | None = None, timeout_s: float | None = None) -> Conversation:
         """Begin a conversation; the server opens its session with the first turn. `timeout_s` bounds all of it."""
@@ -138,9 +192,11 @@ class Client:
         """The server's description. Raises CallError."""
         self._check_open()
         try:
-            return self._generation.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout_s)
+            found = self._generation.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
             raise call_error(error, self.address) from None
+        self._reached.set()
+        return found
 
     def is_serving(self, timeout_s: float = 5.0) -> bool:
         """The health service's answer. Raises CallError if there is none."""
@@ -149,6 +205,7 @@ class Client:
             answer = self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
             raise call_error(error, self.address) from None
+        self._reached.set()
         return answer.status == health_pb2.HealthCheckResponse.SERVING
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:

@@ -26,6 +26,7 @@ from cluster.serving.converse import Conversation
 from cluster.serving.threads import RequestThreads
 from cluster.wire import answers, requests
 from cluster.wire.server_info import server_info
+from cluster.wire.statuses import TAKEN
 from runtime.config import Config
 from runtime.engine.loop import EngineLoop
 from runtime.errors import ConfigError, FieldError, WorkerError
@@ -133,12 +134,15 @@ class GenerationService:
         engine, loop = self._engine_and_loop()
         request = await self._threads.run(len(message), _read, message, engine)
         request = dataclasses.replace(request, arrival_s=arrival_s)
+        await context.send_initial_metadata(((TAKEN, "1"),))
+        key = request.run_key
         async with aclosing(calls.answer(loop, engine.tokenizer, request)) as outputs:
             async for output, text in outputs:
                 if output.finish_reason is FinishReason.CANCELLED:
                     # A client that cancels does not get here; this is `GenerationServer.stop`.
                     raise WorkerError("the server shut down before the text had ended")
-                await context.write(answers.response(output, text))
+                await context.write(answers.response(output, text, key))
+                key = ""  # it is told once
 
     async def _converse(self, messages: AsyncIterable[bytes], context: grpc.aio.ServicerContext) -> None:
         self._refuse_while_draining()
@@ -164,7 +168,8 @@ def _read(message: bytes, engine: Engine) -> Request:
     prompt, request_id = requests.read_prompt(request), requests.read_id(request, "request_id")
     sampling = requests.read_sampling(request, engine.config.sampling)
     lookahead = requests.read_lookahead(request, engine.config.lookahead)
-    return engine.make_request(prompt, sampling, lookahead, request_id, so_far=requests.read_so_far(request))
+    so_far, key = requests.read_so_far(request), request.resume_key if request.HasField("resume_key") else None
+    return engine.make_request(prompt, sampling, lookahead, request_id, so_far=so_far, run_key=key)
 
 
 class GenerationServer:

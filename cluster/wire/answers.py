@@ -73,9 +73,12 @@ def cache_is_full(capacity: int) -> ResourceExhaustedError:
     return ResourceExhaustedError("cache.capacity", capacity, problem, remedy)
 
 
-def response(output: StepOutput, text: str) -> pb.GenerateResponse:
-    """One step's tokens; `output` must not have ended in cancellation or failure (those are statuses)."""
-    return pb.GenerateResponse(request_id=output.request_id, text=text, index=output.index, **_step(output))
+def response(output: StepOutput, text: str, resume_key: str = "") -> pb.GenerateResponse:
+    """One step's tokens; `output` must not have ended in cancellation or failure (those are statuses). `resume_key`:
+    with the first response."""
+    return pb.GenerateResponse(
+        request_id=output.request_id, text=text, index=output.index, resume_key=resume_key, **_step(output)
+    )
 
 
 def converse_response(session_id: str, turn_index: int, output: StepOutput, text: str) -> pb.ConverseResponse:

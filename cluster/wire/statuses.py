@@ -13,6 +13,9 @@ from runtime.errors import (
     WorkerError,
 )
 
+TAKEN = "outrider-taken"
+"""In a call's initial metadata: the server has taken the request, so if the connection breaks, it is worth resuming."""
+
 _MEANINGS = {
     grpc.StatusCode.INVALID_ARGUMENT: "the server refused the request",
     grpc.StatusCode.ALREADY_EXISTS: "the server refused the request",

@@ -88,6 +88,8 @@ class Engine:
     def __init__(self, config: Config, spec: ModelSpec, tokenizer: Tokenizer, executor: Executor) -> None:
         self.config, self.spec, self.tokenizer = config, spec, tokenizer
         self.stats = EngineStats()
+        self.identity = resuming.identity_of(config, spec)
+        """Stands for what decides answers beside prompts and sampling parameters: the model and the cache policy."""
         self.executor = executor
         self._scheduler = Scheduler(config, spec, executor.num_pages, self._beside)
         self._grammars = Grammars(tokenizer, spec.vocab_size, spec.eos_token_ids)
@@ -210,13 +212,14 @@ class Engine:
         request_id: str | None = None,
         session: Session | None = None,
         so_far: Sequence[AnswerSoFar] = (),
+        run_key: str | None = None,
     ) -> Request:
         """Tokenise a prompt (`runtime.prompts.as_prompt` says what may be one); parameters not given, or not named in a
         mapping, are the run's defaults. Raises InvalidRequestError.
 
         With a `session`, the request is its next turn, and the prompt what the turn appends. `so_far` is what the
         caller has already of the answers, from a run that was broken off: only what follows is given, the same as in
-        that run. Safe from any thread.
+        that run, whose key may be named, too. Safe from any thread.
         """
         if session is not None and not isinstance(session, Session):
             problem, remedy = f"is of type {type(session).__name__}", "Hand in what open_session has given."
@@ -247,7 +250,7 @@ class Engine:
             so_far=tuple(so_far),
         )
         self.validate(request)
-        return replace(request, is_checked=True)
+        return replace(request, is_checked=True, run_key=resuming.check_key(self.identity, request, run_key))
 
     def _ended_by_turn(self, sampling: SamplingParams) -> SamplingParams:
         """The token with which the chat template ends an answer ends it, whether or not the model's configs know of

@@ -24,9 +24,10 @@ from cluster.wire.answers import Chunk
 from cluster.wire.statuses import concerns_all, has_no_room_now, is_away
 from runtime.errors import OutriderError
 
-AWAY_PATIENCE_S = 30.0
-FULL_PATIENCE_S = 300.0
-"""How long a server that is away, or full, is asked again while it answers nothing."""
+PATIENCE_S = 300.0
+"""How long a server that is away, or full, is asked again while it answers nothing: it may have to load its model."""
+NEVER_THERE_S = 30.0
+"""The same for one that has never answered: its address may be wrong."""
 TICK_S = 1.0
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 5.0
@@ -37,6 +38,11 @@ WINDOW_BYTES = 64 * 2**20
 """The same in bytes of the input; a longer line is alone."""
 
 Defaults = Mapping[str, Mapping[str, Any]]
+
+
+def away_patience_s(given_s: float | None) -> float:
+    """How long one answer is waited for whose server went away, where so much patience is asked for."""
+    return PATIENCE_S if given_s is None else given_s
 
 
 class StoppedError(OutriderError):
@@ -164,8 +170,7 @@ class _Job:
         progress: Progress,
     ) -> None:
         self._lines, self._output, self._backend, self._defaults = lines, output, backend, defaults
-        self._away_s = AWAY_PATIENCE_S if patience_s is None else patience_s
-        self._full_s = FULL_PATIENCE_S if patience_s is None else patience_s
+        self._patience_s = patience_s
         self._limit, self._totals, self._progress = limit, totals, progress
         self._executor = ThreadPoolExecutor(concurrency, thread_name_prefix="outrider-batch")
         self._room = _Room(max(MIN_WINDOW, WINDOW_PER_REQUEST * concurrency))
@@ -174,6 +179,7 @@ class _Job:
         self._turn = threading.Condition()
         """Guards what follows; those who wait to ask again hear when an answer has ended."""
         self._heard_s = time.monotonic()  # when the last piece of an answer came
+        self._was_there = False  # whether one has come
         self._stopped: str | None = None  # why nothing is asked any more
         self._is_waiting = False  # whether it has been said that requests are made again
         # Of the caller's thread.
@@ -252,7 +258,9 @@ class _Job:
                 if not (is_full or is_away(error) or isinstance(error, IncompleteError)):
                     text = str(error) if isinstance(error, OutriderError) else f"{type(error).__name__}: {error}"
                     return error_line(record.id, text)
-                patience_s = self._full_s if is_full else self._away_s
+                patience_s = self._patience_s
+                if patience_s is None:
+                    patience_s = PATIENCE_S if is_full or self._was_there else NEVER_THERE_S
                 if time.monotonic() - max(started_s, self._heard_s) >= patience_s:
                     why = f"nothing was answered for {patience_s:g} s: {error}"
                     raise StoppedError(self._end(why)) from error
@@ -263,7 +271,7 @@ class _Job:
         sampling = {**self._defaults.get("sampling", {}), **record.sampling}
         lookahead = {**self._defaults.get("lookahead", {}), **record.lookahead}
         for chunk in self._backend.stream(record.prompt, sampling, lookahead):
-            self._heard_s = time.monotonic()
+            self._heard_s, self._was_there = time.monotonic(), True
             yield chunk
 
     def _wait(self, why: str, seconds: float) -> None:

@@ -112,6 +112,7 @@ class ScriptedEngine:
         request_id: str | None = None,
         session: Session | None = None,
         so_far: Sequence[AnswerSoFar] = (),
+        run_key: str | None = None,
     ) -> Request:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
