@@ -497,6 +497,11 @@ class ServerConfig(Section):
     """0 lets the system choose; the chosen port is printed."""
     session_idle_timeout_s: float = Field(default=600.0, gt=0)
     """How long a conversation may hold its slot without a turn."""
+    state_dir: str | None = Field(default=None, min_length=1)
+    """Directory that keeps the token ids of open conversations, so that a client may go on with one after the server
+    was started again; null keeps none. Whoever can read it can read what was said."""
+    state_bytes: int = Field(default=1 << 30, ge=1 << 12)
+    """Most bytes in server.state_dir, 4 for each token; beyond, the conversations left longest ago are forgotten."""
 
     @field_validator("host")
     @classmethod

@@ -180,7 +180,7 @@ class Client:
             session_id = _checked_id("session_id", session_id)
         timeout_s = _checked_timeout(timeout_s)
         self._check_open()
-        return Conversation(self._generation, self.address, session_id, timeout_s)
+        return Conversation(self._generation, self.address, session_id, timeout_s, self._patience, self._reached)
 
     def complete(self, prompt: str | None = None, **arguments: Any) -> Answer:
         """`generate`, waiting for the end. Several threads calling this is how requests run side by side."""

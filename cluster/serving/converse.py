@@ -9,16 +9,17 @@ from collections import deque
 from collections.abc import AsyncIterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import grpc
 
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.serving import calls
+from cluster.serving.state import SessionLog, SessionStore, TurnRecord, past_of
 from cluster.serving.threads import RequestThreads
 from cluster.wire import answers, requests
 from cluster.wire.answers import cache_is_full
-from cluster.wire.statuses import IdleError
+from cluster.wire.statuses import KEPT, IdleError, LostSessionError
 from runtime.engine.loop import EngineLoop
 from runtime.engine.session import Session
 from runtime.errors import InvalidRequestError, ResourceExhaustedError, WorkerError
@@ -27,6 +28,8 @@ from runtime.request import FinishReason, Request, StepOutput, Usage
 if TYPE_CHECKING:
     from runtime.engine.engine import Engine  # which compiles when it is imported for the first time
 
+VANISHED_S = 0.05
+"""A connection that breaks ends a stream of requests as closing it does; that it broke is heard a moment later."""
 MAX_UNANSWERED_TURNS = 8
 """Turns that a client may have sent without having a complete answer."""
 
@@ -47,8 +50,17 @@ class Conversation:
     """One call of Converse. Two tasks share it: one reads, so that a stop gets through, the other answers."""
 
     def __init__(
-        self, engine: Engine, loop: EngineLoop, threads: RequestThreads, context: grpc.aio.ServicerContext
+        self,
+        engine: Engine,
+        loop: EngineLoop,
+        threads: RequestThreads,
+        context: grpc.aio.ServicerContext,
+        store: SessionStore | None = None,
     ) -> None:
+        """`store`: where conversations are kept that outlive their call."""
+        self._store, self._log = store, cast(SessionLog | None, None)
+        self._text_length = 0  # tokens of the conversation, after the last turn
+        self._has_written = False
         self._engine, self._loop, self._threads, self._context = engine, loop, threads, context
         self._idle_timeout_s = engine.config.server.session_idle_timeout_s
         self._session: Session | None = None
@@ -65,10 +77,16 @@ class Conversation:
             while (turn := await self._next()) is not None:
                 await self._answer(turn)
                 self._unanswered.popleft()
+            if self._log is not None:
+                await asyncio.sleep(VANISHED_S)  # cancelled here where the stream ended since its client vanished
+                self._log.forget()
         finally:
             reader.cancel()
             if self._session is not None:
                 self._loop.close_session(self._session)
+            if self._log is not None:
+                is_known = self._has_written or self._log.turns  # to its client, who may come back
+                self._log.release() if is_known else self._log.forget()
 
     def drain(self) -> None:
         """End after the running turn; those that wait are not answered."""
@@ -81,21 +99,49 @@ class Conversation:
     async def _read(self, messages: AsyncIterable[bytes]) -> None:
         try:
             async for message in messages:
-                self._take(await self._threads.run(len(message), _parse, message))
+                parsed = await self._threads.run(len(message), _parse, message)
+                if self._session is None:
+                    await self._open(parsed)
+                else:
+                    _refuse_opening(parsed)
+                self._take(parsed)
             self._inbox.put_nowait(None)
         except Exception as error:  # raised where its turn is
             self._inbox.put_nowait(error)
 
-    def _take(self, message: pb.ConverseRequest) -> None:
-        event = message.WhichOneof("event")
-        if event is None:
-            raise InvalidRequestError("event", None, "is missing", "Set one of turn and stop.")
+    async def _open(self, message: pb.ConverseRequest) -> None:
+        """Open the session that the first message names, takes up, or leaves to us."""
+        _event(message)
         session_id = requests.read_id(message, "session_id")
-        if self._session is None:
+        if not message.HasField("resume_turns"):
             self._session = self._loop.open_session(session_id)
-        elif session_id is not None:
-            problem, remedy = "the conversation has its session", "Name it in the first message only."
-            raise InvalidRequestError("session_id", session_id, problem, remedy)
+            if self._store is not None:
+                self._log = await asyncio.to_thread(self._store.begin, self._session.session_id)
+            await self._say_kept()
+            return
+        num_turns = message.resume_turns
+        if session_id is None or num_turns < 0:
+            problem, remedy = "takes up no session", "Name it in session_id, and at least 0 turns."
+            raise InvalidRequestError("resume_turns", num_turns, problem, remedy)
+        if self._store is None:
+            raise LostSessionError(f"session {session_id!r} is not known here: the server keeps none on disk")
+        taken_up = await asyncio.to_thread(self._store.take_up, session_id, num_turns)
+        try:
+            past = past_of(taken_up.turns)
+            self._session = self._loop.open_session(session_id, past)
+        except BaseException:
+            taken_up.release()
+            raise
+        self._log, self._num_turns = taken_up, num_turns
+        self._text_length = len(past.token_ids) if past is not None else 0
+        await self._say_kept()
+
+    async def _say_kept(self) -> None:
+        if self._log is not None and self._log.is_good and self._session is not None:
+            await self._context.send_initial_metadata(((KEPT, self._session.session_id.encode()),))
+
+    def _take(self, message: pb.ConverseRequest) -> None:
+        event = _event(message)
         if event == "stop":
             for turn in self._unanswered:
                 turn.stopped = True
@@ -131,17 +177,22 @@ class Conversation:
                 kept_sum=self._usage.kept_sum,
                 num_seen_tokens=self._usage.num_seen_tokens,
             )
+            await self._keep(TurnRecord(len(request.prompt_ids), None, (), ends_in_answer=False))
             await self._write(turn, StepOutput(request.request_id, (), usage, FinishReason.CANCELLED), "")
             return
         turn.request_id = request.request_id
+        answer, seen_before = list(request.resume_from), self._session.num_seen_tokens
         async with aclosing(calls.answer(self._loop, self._engine.tokenizer, request)) as outputs:
             async for output, text in outputs:
                 self._usage = output.usage
                 self._session.take(output)
+                answer += output.token_ids
                 if output.finish_reason is FinishReason.CANCELLED and not turn.stopped:
                     raise WorkerError("the server shut down before the answer had ended")
                 if output.finish_reason is FinishReason.LENGTH and not output.usage.num_new_tokens:
                     raise cache_is_full(self._engine.capacity)
+                if output.finish_reason is not None:
+                    await self._keep(TurnRecord.of(request, seen_before, self._text_length, answer, output.usage))
                 await self._write(turn, output, text)
 
     def _make_request(self, turn: _Turn) -> Request:
@@ -150,15 +201,24 @@ class Conversation:
         sampling = requests.read_sampling(turn.message, self._engine.config.sampling)
         lookahead = requests.read_lookahead(turn.message, self._engine.config.lookahead)
         request_id = f"{self._session.session_id}#{turn.index}"
-        request = self._engine.make_request(prompt, sampling, lookahead, request_id, self._session)
+        so_far = requests.read_so_far(turn.message)
+        request = self._engine.make_request(prompt, sampling, lookahead, request_id, self._session, so_far)
         return dataclasses.replace(request, arrival_s=turn.arrival_s)
+
+    async def _keep(self, turn: TurnRecord) -> None:
+        """Before the client hears that the turn has ended: what it has heard of is there after a restart."""
+        self._text_length += len(turn.token_ids)
+        if self._log is not None:
+            await asyncio.to_thread(self._log.append, turn)
 
     async def _write(self, turn: _Turn, output: StepOutput, text: str) -> None:
         assert self._session is not None
-        message = answers.converse_response(self._session.session_id, turn.index, output, text)
+        is_kept = self._log is not None and self._log.is_good
+        message = answers.converse_response(self._session.session_id, turn.index, output, text, is_kept)
         try:
             async with asyncio.timeout(self._idle_timeout_s):
                 await self._context.write(message)
+            self._has_written = True
         except TimeoutError:
             raise self._idle("the responses were not read") from None
 
@@ -166,6 +226,22 @@ class Conversation:
         return IdleError(
             f"{what} for {self._idle_timeout_s:g} s (server.session_idle_timeout_s); the session is closed"
         )
+
+
+def _event(message: pb.ConverseRequest) -> str:
+    event: str | None = message.WhichOneof("event")
+    if event is None:
+        raise InvalidRequestError("event", None, "is missing", "Set one of turn and stop.")
+    return event
+
+
+def _refuse_opening(message: pb.ConverseRequest) -> None:
+    """Raise InvalidRequestError where a later message names a session."""
+    _event(message)
+    for name in ("session_id", "resume_turns"):
+        if message.HasField(name):
+            problem, remedy = "the conversation has its session", "Name it in the first message only."
+            raise InvalidRequestError(name, getattr(message, name), problem, remedy)
 
 
 def _parse(message: bytes) -> pb.ConverseRequest:

@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.serving import calls
 from cluster.serving.converse import Conversation
+from cluster.serving.state import SessionStore
 from cluster.serving.threads import RequestThreads
 from cluster.wire import answers, requests
 from cluster.wire.server_info import server_info
@@ -67,14 +68,15 @@ class GenerationService:
     def __init__(self) -> None:
         self._threads = RequestThreads()
         self._opened: tuple[Engine, EngineLoop] | None = None
+        self._store: SessionStore | None = None
         self._num_refused = 0
         self._draining = False
         self._live: set[asyncio.Task[object]] = set()
         self._conversations: set[Conversation] = set()
 
-    def open(self, engine: Engine, loop: EngineLoop) -> None:
-        """Take calls from now on."""
-        self._opened = engine, loop
+    def open(self, engine: Engine, loop: EngineLoop, store: SessionStore | None = None) -> None:
+        """Take calls from now on. `store`: where conversations are kept that outlive their call."""
+        self._opened, self._store = (engine, loop), store
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service's methods, as a server wants them."""
@@ -146,7 +148,7 @@ class GenerationService:
 
     async def _converse(self, messages: AsyncIterable[bytes], context: grpc.aio.ServicerContext) -> None:
         self._refuse_while_draining()
-        conversation = Conversation(*self._engine_and_loop(), self._threads, context)
+        conversation = Conversation(*self._engine_and_loop(), self._threads, context, self._store)
         self._conversations.add(conversation)
         try:
             await conversation.run(messages)
@@ -179,6 +181,7 @@ class GenerationServer:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._loop: EngineLoop | None = None
+        self._store: SessionStore | None = None
         self._service = GenerationService()
         self._health = health.aio.HealthServicer()
 
@@ -206,11 +209,15 @@ class GenerationServer:
     async def open(self, engine: Engine) -> None:
         """Serve this engine, which stays the caller's to close."""
         events = asyncio.get_running_loop()
+        settings = self._config.server
+        if settings.state_dir is not None:
+            where = settings.state_dir, settings.state_bytes
+            self._store = await asyncio.to_thread(SessionStore, *where, engine.identity)
         gc.freeze()  # what is here stays: looking through it for garbage would hold up a step for milliseconds
         self._loop = EngineLoop(
             engine, on_failure=lambda _: asyncio.run_coroutine_threadsafe(self._not_serving(), events)
         )
-        self._service.open(engine, self._loop)
+        self._service.open(engine, self._loop, self._store)
         await self._say(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self, grace_s: float = DRAIN_GRACE_S) -> None:
@@ -226,6 +233,8 @@ class GenerationServer:
         # The loop has told every stream; the grace is for the last words to reach the clients.
         await self._grpc.stop(grace=2.0)
         self._service.close()
+        if self._store is not None:
+            self._store.close()
 
     async def _say(self, status: Any) -> None:
         for name in ("", SERVICE_NAME):

@@ -81,9 +81,14 @@ def response(output: StepOutput, text: str, resume_key: str = "") -> pb.Generate
     )
 
 
-def converse_response(session_id: str, turn_index: int, output: StepOutput, text: str) -> pb.ConverseResponse:
-    """One step's tokens of a turn; `output` must not have ended in failure (that is a status)."""
-    return pb.ConverseResponse(session_id=session_id, turn_index=turn_index, text=text, **_step(output))
+def converse_response(
+    session_id: str, turn_index: int, output: StepOutput, text: str, is_kept: bool = False
+) -> pb.ConverseResponse:
+    """One step's tokens of a turn; `output` must not have ended in failure (that is a status). `is_kept`: the session
+    outlives the call."""
+    return pb.ConverseResponse(
+        session_id=session_id, turn_index=turn_index, text=text, is_kept=is_kept, **_step(output)
+    )
 
 
 def _step(output: StepOutput) -> dict[str, Any]:

@@ -161,8 +161,10 @@ def read_prompt(request: pb.GenerateRequest | pb.Turn) -> Prompt:
     return prompt
 
 
-def read_so_far(request: pb.GenerateRequest) -> tuple[AnswerSoFar, ...]:
+def read_so_far(request: pb.GenerateRequest | pb.Turn) -> tuple[AnswerSoFar, ...]:
     """What the client has already of the answers."""
+    if isinstance(request, pb.Turn):
+        return (AnswerSoFar(tuple(request.resume_from)),) if request.resume_from else ()
     return tuple(AnswerSoFar(tuple(one.token_ids), one.index, one.has_ended) for one in request.resume_from)
 
 

@@ -15,6 +15,8 @@ from runtime.errors import (
 
 TAKEN = "outrider-taken"
 """In a call's initial metadata: the server has taken the request, so if the connection breaks, it is worth resuming."""
+KEPT = "outrider-session-bin"
+"""In a conversation's initial metadata: its session's id, in UTF-8, where the session outlives the call."""
 
 _MEANINGS = {
     grpc.StatusCode.INVALID_ARGUMENT: "the server refused the request",
@@ -24,6 +26,7 @@ _MEANINGS = {
     grpc.StatusCode.UNAVAILABLE: "the server cannot be reached, or cannot serve now",
     grpc.StatusCode.CANCELLED: "the call was cancelled",
     grpc.StatusCode.DATA_LOSS: "the server's model failed",
+    grpc.StatusCode.NOT_FOUND: "the conversation is lost",
     grpc.StatusCode.UNIMPLEMENTED: "there is another kind of server",
 }
 
@@ -35,6 +38,10 @@ class CallError(OutriderError):
         self.address, self.code, self.details = address, code, details
         meaning = _MEANINGS.get(code, "the call failed")
         super().__init__(f"{address}: {meaning} ({code.name}): {details}")
+
+
+class LostSessionError(OutriderError):
+    """A session that is asked for is not there, or not as far as its client has it (NOT_FOUND)."""
 
 
 class IdleError(OutriderError):
@@ -50,6 +57,8 @@ def status_of(error: Exception) -> grpc.StatusCode:
             return grpc.StatusCode.RESOURCE_EXHAUSTED
         case FieldError():
             return grpc.StatusCode.INVALID_ARGUMENT
+        case LostSessionError():
+            return grpc.StatusCode.NOT_FOUND
         case IdleError():
             return grpc.StatusCode.DEADLINE_EXCEEDED
         case NumericsError():

@@ -84,6 +84,7 @@ class ScriptedEngine:
         self.spec = SPEC
         self.tokenizer = LetterTokenizer()
         self.capacity = SPEC.max_positions
+        self.identity = "scripted"
         self.stats = SimpleNamespace(
             num_steps=0, num_rows=0, num_tokens=0, num_requests=0, seconds={"plan": 0.0, "forward": 0.0}
         )

@@ -92,6 +92,7 @@ class GenerationServiceServicer:
         INVALID_ARGUMENT    a field is missing, malformed, unknown or out of range (the message
         names it), or a turn can never fit into the cache
         ALREADY_EXISTS      a session with this session_id is open
+        NOT_FOUND           the session to be taken up is not known here, or not so far
         RESOURCE_EXHAUSTED  all sessions are taken, the conversation fills its cache, too many turns
         wait, or a message exceeds 16 MiB
         DEADLINE_EXCEEDED   the call's deadline passed, or the session was idle for longer than the
