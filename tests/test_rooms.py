@@ -24,6 +24,7 @@ ROOMS = {
         "speed",
         "control",
         "conversation",
+        "deadlines",
         "lossless",
         "roofline",
         "overhead",

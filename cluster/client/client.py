@@ -19,7 +19,7 @@ from cluster.client.resuming import Patience, Resumption
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.pb.outrider.v1 import generation_pb2_grpc as pb_grpc
 from cluster.wire.answers import Answer, Chunk, by_index
-from cluster.wire.requests import prompted
+from cluster.wire.requests import prompted, set_urgency
 from cluster.wire.statuses import TAKEN, CallError, call_error
 from runtime.errors import InvalidRequestError
 from runtime.prompts import check_unicode
@@ -160,15 +160,20 @@ class Client:
         lookahead: Mapping[str, Any] | None = None,
         request_id: str | None = None,
         timeout_s: float | None = None,
+        priority: int | None = None,
+        deadline_s: float | None = None,
     ) -> Stream:
         """Start a call: text, chat messages or token ids, with the parameters that differ from the server's defaults.
 
         `sampling` and `lookahead` have the names of the config's sections; `timeout_s` bounds the whole call.
+        Of requests that wait for the server, the highest `priority` comes first; after `deadline_s` seconds the answer
+        is of no use, and the server, which knows of it, refuses what cannot be in time.
         Raises InvalidRequestError if the request cannot be put on the wire, CallError if the call fails.
         """
         request = prompted(pb.GenerateRequest, prompt, messages, token_ids, sampling, lookahead)
         if request_id is not None:
             request.request_id = _checked_id("request_id", request_id)
+        set_urgency(request, priority, deadline_s)
         timeout_s = _checked_timeout(timeout_s)
         self._check_open()
         resumption = Resumption(request, self._patience)

@@ -76,7 +76,7 @@ class Resumption:
     def request(self) -> pb.GenerateRequest:
         """What to send now: the request for what has not come yet."""
         self._call_s = time.monotonic()
-        if not self._so_far:
+        if not self._so_far and not self._has_resumed:
             return self._first
         request = pb.GenerateRequest()
         request.CopyFrom(self._first)
@@ -84,6 +84,8 @@ class Resumption:
         request.resume_from.extend(self._so_far.values())
         if self._key:
             request.resume_key = self._key
+        if request.HasField("deadline_s"):  # counts from the first call; none at all would be no number
+            request.deadline_s = max(request.deadline_s - (self._call_s - self._started_s), 1e-6)
         return request
 
     def take(self, message: pb.GenerateResponse) -> Chunk:

@@ -202,7 +202,8 @@ class Conversation:
         lookahead = requests.read_lookahead(turn.message, self._engine.config.lookahead)
         request_id = f"{self._session.session_id}#{turn.index}"
         so_far = requests.read_so_far(turn.message)
-        request = self._engine.make_request(prompt, sampling, lookahead, request_id, self._session, so_far)
+        urgency = requests.read_urgency(turn.message)
+        request = self._engine.make_request(prompt, sampling, lookahead, request_id, self._session, so_far, **urgency)
         return dataclasses.replace(request, arrival_s=turn.arrival_s)
 
     async def _keep(self, turn: TurnRecord) -> None:

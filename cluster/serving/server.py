@@ -171,7 +171,8 @@ def _read(message: bytes, engine: Engine) -> Request:
     sampling = requests.read_sampling(request, engine.config.sampling)
     lookahead = requests.read_lookahead(request, engine.config.lookahead)
     so_far, key = requests.read_so_far(request), request.resume_key if request.HasField("resume_key") else None
-    return engine.make_request(prompt, sampling, lookahead, request_id, so_far=so_far, run_key=key)
+    urgency = requests.read_urgency(request)
+    return engine.make_request(prompt, sampling, lookahead, request_id, so_far=so_far, run_key=key, **urgency)
 
 
 class GenerationServer:

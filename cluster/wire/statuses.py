@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from runtime.errors import (
+    DeadlineError,
     DuplicateRequestError,
     FieldError,
     NumericsError,
@@ -59,7 +60,7 @@ def status_of(error: Exception) -> grpc.StatusCode:
             return grpc.StatusCode.INVALID_ARGUMENT
         case LostSessionError():
             return grpc.StatusCode.NOT_FOUND
-        case IdleError():
+        case IdleError() | DeadlineError():
             return grpc.StatusCode.DEADLINE_EXCEEDED
         case NumericsError():
             return grpc.StatusCode.DATA_LOSS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time
 from collections import deque
@@ -213,13 +214,17 @@ class Engine:
         session: Session | None = None,
         so_far: Sequence[AnswerSoFar] = (),
         run_key: str | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> Request:
         """Tokenise a prompt (`runtime.prompts.as_prompt` says what may be one); parameters not given, or not named in a
         mapping, are the run's defaults. Raises InvalidRequestError.
 
         With a `session`, the request is its next turn, and the prompt what the turn appends. `so_far` is what the
         caller has already of the answers, from a run that was broken off: only what follows is given, the same as in
-        that run, whose key may be named, too. Safe from any thread.
+        that run, whose key may be named, too. Of requests that wait, those of the highest `priority` are admitted
+        first, then those of the earliest deadline. An answer that is not whole `deadline_s` seconds after its arrival,
+        or cannot be, ends with DeadlineError. Safe from any thread.
         """
         if session is not None and not isinstance(session, Session):
             problem, remedy = f"is of type {type(session).__name__}", "Hand in what open_session has given."
@@ -248,6 +253,8 @@ class Engine:
             lookahead=_parameters("lookahead", lookahead, self.config.lookahead),
             session_id=session.session_id if session is not None else None,
             so_far=tuple(so_far),
+            priority=priority,
+            deadline_s=deadline_s,
         )
         self.validate(request)
         return replace(request, is_checked=True, run_key=resuming.check_key(self.identity, request, run_key))
@@ -294,6 +301,7 @@ class Engine:
             problem = f"with the prompt's {len(ids)} tokens they exceed what eviction per turn makes room for, {room}"
             remedy = "Lower it, shorten the prompt, enlarge the cache, or set cache.evict to token."
             raise InvalidRequestError("sampling.max_new_tokens", request.sampling.max_new_tokens, problem, remedy)
+        _check_urgency(request)
         self._grammars.grammar(request.sampling)
         resuming.check(request, self.spec.eos_token_ids, self._scheduler.make_ledger, self._beside)
         rows = request.lookahead.window_rows
@@ -419,6 +427,9 @@ class Engine:
     def _step(self) -> list[StepOutput]:
         started = time.perf_counter()
         outputs = self._drop_aborted() if self._aborted else []
+        for request, usage, error in self._scheduler.give_up_late(started):
+            index = request.index
+            outputs.append(StepOutput(request.request_id, (), usage, FinishReason.ERROR, failure=error, index=index))
         for request in self._scheduler.admit():
             usage = self._scheduler.unread(request)
             outputs.append(StepOutput(request.request_id, (), usage, FinishReason.LENGTH, index=request.index))
@@ -431,8 +442,15 @@ class Engine:
         outputs += self._verify(step, result, executed)
         ended = time.perf_counter()
         self._account(step.plan, result.seconds, plan=planned - started, verify=ended - executed)
+        num_rows, seconds = step.plan.num_rows, ended - started
         if step.is_decoding:
-            self._scheduler.cost.observe(step.plan.num_rows, ended - started)
+            self._scheduler.cost.observe(num_rows, seconds)
+            curve, num_sequences = self._scheduler.cost.seconds, len(step.parts)
+            num_tokens = sum(len(output.token_ids) for output in outputs)
+            alone = float(curve[-(-num_rows // num_sequences)] / curve[num_rows])
+            self._scheduler.pace.observe(seconds, num_tokens, num_sequences, alone)
+        elif num_rows > 2 * len(step.parts):
+            self._scheduler.pace.observe_reading(seconds, num_rows)
         return outputs
 
     def heartbeat(self) -> None:
@@ -540,15 +558,18 @@ class Engine:
         prompts: Prompt | Iterable[Prompt],
         sampling: SamplingParams | Mapping[str, Any] | None = None,
         lookahead: LookaheadConfig | Mapping[str, Any] | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> list[Completion]:
         """Continue every prompt, all in company; answers come in the order of the prompts, n of each, for one prompt as
         a list.
 
         A prompt is a text, token ids (a list, numpy's or torch's array of one dimension), or chat messages. Where the
-        model gives no numbers for one, its finish reason is ERROR and its `error` says so; the others go on. Raises
-        InvalidRequestError before anything has run, WorkerError if the workers fail.
+        model gives no numbers for one, or it misses its deadline, its finish reason is ERROR and its `error` says so;
+        the others go on. Raises InvalidRequestError before anything has run, WorkerError if the workers fail.
         """
-        asked = [self.make_request(prompt, sampling, lookahead) for prompt in as_prompts(prompts)]
+        urgency: dict[str, Any] = {"priority": priority, "deadline_s": deadline_s}
+        asked = [self.make_request(prompt, sampling, lookahead, **urgency) for prompt in as_prompts(prompts)]
         requests = [each for request in asked for each in forks(request)]
         runs: dict[str, list[StepOutput]] = {request.request_id: [] for request in requests}
         pending = deque(requests)
@@ -567,13 +588,16 @@ class Engine:
         sampling: SamplingParams | Mapping[str, Any] | None = None,
         lookahead: LookaheadConfig | Mapping[str, Any] | None = None,
         session: Session | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> Iterator[StepOutput]:
         """Continue one prompt, as in `generate`, step by step, as the next turn of `session` if there is one. With n
         answers, each output says by its index to which it belongs.
 
         Leaving the iterator early withdraws the request.
         """
-        request = self.make_request(prompt, sampling, lookahead, session=session)
+        urgency: dict[str, Any] = {"priority": priority, "deadline_s": deadline_s}
+        request = self.make_request(prompt, sampling, lookahead, session=session, **urgency)
         requests = forks(request)
         num_live = len(requests)
         with self._expecting(each.request_id for each in requests) as expected:
@@ -643,6 +667,19 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_urgency(request: Request) -> None:
+    """Raise InvalidRequestError for a priority or a deadline that is none."""
+    priority, deadline_s = request.priority, request.deadline_s
+    if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
+        raise InvalidRequestError("priority", priority, "is no whole number of 32 bits", "Give one; 0 is usual.")
+    if deadline_s is None:
+        return
+    is_number = isinstance(deadline_s, int | float) and not isinstance(deadline_s, bool)
+    if not is_number or not 0 < deadline_s < math.inf:
+        problem, remedy = "is no number of seconds above 0", "Give one, or leave it out."
+        raise InvalidRequestError("deadline_s", deadline_s, problem, remedy)
 
 
 def _too_complex(request: Request, problem: str) -> InvalidRequestError:

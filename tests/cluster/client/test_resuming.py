@@ -140,14 +140,14 @@ def test_patience_ends_in_the_error_of_the_last_try(engine: Engine) -> None:
 
 def test_the_time_allowed_is_that_of_all_tries(engine: Engine) -> None:
     with serving(engine) as server, cutter(server.address) as between, Client(between.address) as client:
-        stream = client.generate("A", sampling={"max_new_tokens": 400}, timeout_s=1.0)
+        stream = client.generate("A", sampling={"max_new_tokens": 400}, timeout_s=4.0)
         next(stream)
         between.refuses = True
         between.cut()
         started = time.monotonic()
         with pytest.raises(CallError) as caught:
             list(stream)
-        assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED and time.monotonic() - started < 5
+        assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED and time.monotonic() - started < 15
 
 
 def test_a_stream_that_is_closed_while_it_waits_ends_at_once(engine: Engine) -> None:

@@ -114,6 +114,8 @@ class ScriptedEngine:
         session: Session | None = None,
         so_far: Sequence[AnswerSoFar] = (),
         run_key: str | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> Request:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
@@ -129,6 +131,8 @@ class ScriptedEngine:
             lookahead or self.config.lookahead,
             session.session_id if session is not None else None,
             so_far=tuple(so_far),
+            priority=priority,
+            deadline_s=deadline_s,
         )
 
     def validate(self, request: Request) -> None:

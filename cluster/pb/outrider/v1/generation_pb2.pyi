@@ -19,7 +19,7 @@ FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_CANCELLED: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("text", "messages", "token_ids", "sampling", "lookahead", "request_id", "resume_from", "resume_key")
+    __slots__ = ("text", "messages", "token_ids", "sampling", "lookahead", "request_id", "resume_from", "resume_key", "priority", "deadline_s")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,8 @@ class GenerateRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
     RESUME_KEY_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     text: str
     messages: ChatMessages
     token_ids: TokenIds
@@ -36,7 +38,9 @@ class GenerateRequest(_message.Message):
     request_id: str
     resume_from: _containers.RepeatedCompositeFieldContainer[AnswerSoFar]
     resume_key: str
-    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., lookahead: _Optional[_Union[LookaheadParams, _Mapping]] = ..., request_id: _Optional[str] = ..., resume_from: _Optional[_Iterable[_Union[AnswerSoFar, _Mapping]]] = ..., resume_key: _Optional[str] = ...) -> None: ...
+    priority: int
+    deadline_s: float
+    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., lookahead: _Optional[_Union[LookaheadParams, _Mapping]] = ..., request_id: _Optional[str] = ..., resume_from: _Optional[_Iterable[_Union[AnswerSoFar, _Mapping]]] = ..., resume_key: _Optional[str] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class AnswerSoFar(_message.Message):
     __slots__ = ("token_ids", "index", "has_ended")
@@ -61,20 +65,24 @@ class ConverseRequest(_message.Message):
     def __init__(self, turn: _Optional[_Union[Turn, _Mapping]] = ..., stop: _Optional[_Union[StopTurn, _Mapping]] = ..., session_id: _Optional[str] = ..., resume_turns: _Optional[int] = ...) -> None: ...
 
 class Turn(_message.Message):
-    __slots__ = ("text", "messages", "token_ids", "sampling", "lookahead", "resume_from")
+    __slots__ = ("text", "messages", "token_ids", "sampling", "lookahead", "resume_from", "priority", "deadline_s")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     LOOKAHEAD_FIELD_NUMBER: _ClassVar[int]
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     text: str
     messages: ChatMessages
     token_ids: TokenIds
     sampling: SamplingParams
     lookahead: LookaheadParams
     resume_from: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., lookahead: _Optional[_Union[LookaheadParams, _Mapping]] = ..., resume_from: _Optional[_Iterable[int]] = ...) -> None: ...
+    priority: int
+    deadline_s: float
+    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., lookahead: _Optional[_Union[LookaheadParams, _Mapping]] = ..., resume_from: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class StopTurn(_message.Message):
     __slots__ = ()

@@ -67,7 +67,7 @@ class GenerationServiceServicer:
         names it), or the prompt does not fit into the cache
         ALREADY_EXISTS      a request with this request_id is still running
         RESOURCE_EXHAUSTED  the waiting queue is full, or the message exceeds 16 MiB
-        DEADLINE_EXCEEDED   the deadline passed before the last token
+        DEADLINE_EXCEEDED   the call's or the request's deadline passed before the last token, or cannot be met
         UNAVAILABLE         the workers failed, or the server is shutting down
         DATA_LOSS           the model's logits are NaN or infinite; other requests are not touched
         INTERNAL            a defect of the server; its log has the details
