@@ -18,9 +18,11 @@ from cluster.cli.options import (
     AddressOption,
     ColorOption,
     ConfigOption,
+    DeadlineOption,
     JsonOption,
     LookaheadOption,
     PatienceOption,
+    PriorityOption,
     SetOption,
     request_overrides,
     with_sampling,
@@ -68,6 +70,8 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The user's message (or raw text); - reads standard input.")],
     address: AddressOption = None,
     patience: PatienceOption = None,
+    priority: PriorityOption = None,
+    deadline: DeadlineOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     chat: Annotated[bool, typer.Option("--chat/--raw", help="A message in the chat template, or raw text.")] = True,
@@ -102,7 +106,9 @@ def generate(
         if not as_json:
             stream = terminal.TextStream(sys.stdout, terminal.wants_color(sys.stdout, color), tokenizer)
         try:
-            for chunk in backend.stream(message, defaults["sampling"] | sampling, defaults["lookahead"]):
+            urgency = {"priority": priority, "deadline_s": deadline}
+            urgency = {name: value for name, value in urgency.items() if value is not None}
+            for chunk in backend.stream(message, defaults["sampling"] | sampling, defaults["lookahead"], **urgency):
                 chunks.append(chunk)
                 if stream is not None and chunk.index == 0:
                     stream.write(chunk)
@@ -198,13 +204,23 @@ def run_batch(
             show_default="300; 30 for one that never answered",
         ),
     ] = None,
+    priority: PriorityOption = None,
+    deadline: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="Seconds that the whole job has; what cannot be answered in them is an error.",
+            show_default="none",
+        ),
+    ] = None,
     as_json: JsonOption = False,
     *,
     sampling: dict[str, Any],
 ) -> None:
     """Answer every record of a file, a pipe or standard input.
 
-    A record is {"id", "prompt" (raw text) | "messages" | "token_ids", ...sampling parameters, "lookahead": {...}}, or
+    A record is {"id", "prompt" (raw text) | "messages" | "token_ids", ...sampling parameters, "lookahead": {...},
+    "priority", "deadline" (seconds from when it is asked)}, or
     one of Spec-Bench, {"question_id", "turns"}, whose first turn is taken as the user's message. An id is a text or a
     whole number; a record without one goes by the number of its line. Empty lines are no records. A line that cannot be
     answered gets {"id", "error"}, and the others are answered.
@@ -233,6 +249,8 @@ def run_batch(
             concurrency=concurrency,
             limit=limit,
             patience_s=patience,
+            priority=priority,
+            deadline_s=deadline,
             totals=totals,
         )
     except KeyboardInterrupt:

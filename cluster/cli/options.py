@@ -34,6 +34,18 @@ PatienceOption = Annotated[
         show_default="120",
     ),
 ]
+PriorityOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Where requests wait, the highest comes first.", show_default="0"),
+]
+DeadlineOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="S",
+        help="Seconds after which an answer is of no use; what cannot be in time is refused.",
+        show_default="none",
+    ),
+]
 LookaheadOption = Annotated[
     bool | None, typer.Option("--lookahead/--no-lookahead", help="Shorthand for lookahead.enabled.")
 ]

@@ -62,11 +62,14 @@ class Backend(Protocol):
     def cache_info(self) -> pb.CacheInfo:
         """What the cache keeps and takes."""
 
-    def stream(self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any]) -> Iterator[Chunk]:
-        """Continue a prompt; parameters not named are the engine's or server's defaults.
+    def stream(
+        self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any], **urgency: Any
+    ) -> Iterator[Chunk]:
+        """Continue a prompt; parameters not named are the engine's or server's defaults. `urgency`: `priority` and
+        `deadline_s`, as `Engine.make_request` has them.
 
-        Raises InvalidRequestError, ResourceExhaustedError, NumericsError or WorkerError. Leaving early withdraws the
-        request.
+        Raises InvalidRequestError, ResourceExhaustedError, DeadlineError, NumericsError or WorkerError. Leaving early
+        withdraws the request.
         """
 
     def close(self) -> None:
@@ -116,10 +119,12 @@ class InProcess:
         self._loop = EngineLoop(self.engine)
         self._stack.callback(self._loop.close)
 
-    def stream(self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any]) -> Iterator[Chunk]:
+    def stream(
+        self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any], **urgency: Any
+    ) -> Iterator[Chunk]:
         defaults = self.engine.config
         request = self.engine.make_request(
-            prompt, defaults.sampling.merged(sampling), defaults.lookahead.merged(lookahead, "lookahead.")
+            prompt, defaults.sampling.merged(sampling), defaults.lookahead.merged(lookahead, "lookahead."), **urgency
         )
         answer = _Answer(self.engine, self._loop, request)
         try:
@@ -250,11 +255,13 @@ class Remote:
         patience = Patience() if patience_s is None else Patience(NO_LIMIT, patience_s)
         self._client = Client(address, patience.retries, patience.seconds)
 
-    def stream(self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any]) -> Iterator[Chunk]:
+    def stream(
+        self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any], **urgency: Any
+    ) -> Iterator[Chunk]:
         prompt = as_prompt(prompt)
         kind = kind_of(prompt)
         given: dict[str, Any] = {"prompt" if kind == "text" else kind: prompt}
-        with self._client.generate(**given, sampling=sampling, lookahead=lookahead) as chunks:
+        with self._client.generate(**given, sampling=sampling, lookahead=lookahead, **urgency) as chunks:
             yield from chunks
 
     def converse(self) -> Conversation:
