@@ -42,5 +42,17 @@ class WorkerError(OutriderError):
     """The workers cannot be reached or have failed (UNAVAILABLE)."""
 
 
+class PeerError(WorkerError):
+    """Another rank has gone, or the mesh is being made anew without this one's doing: this rank itself is sound."""
+
+
+class CachesLostError(WorkerError):
+    """The workers are back, but what they had in their caches is not: sequences are to be read again."""
+
+
+class HarmfulRequestError(OutriderError):
+    """The request ends the workers whenever it runs, so it is not run again (ABORTED)."""
+
+
 class NumericsError(OutriderError):
     """The model gave no next token, since its logits are NaN or infinite (DATA_LOSS); others live on."""

@@ -7,6 +7,7 @@ import grpc
 from runtime.errors import (
     DuplicateRequestError,
     FieldError,
+    HarmfulRequestError,
     NumericsError,
     OutriderError,
     ResourceExhaustedError,
@@ -20,6 +21,7 @@ _MEANINGS = {
     grpc.StatusCode.DEADLINE_EXCEEDED: "the answer took longer than the time allowed",
     grpc.StatusCode.UNAVAILABLE: "the server cannot be reached, or cannot serve now",
     grpc.StatusCode.CANCELLED: "the call was cancelled",
+    grpc.StatusCode.ABORTED: "the request ends the server's workers",
     grpc.StatusCode.DATA_LOSS: "the server's model failed",
     grpc.StatusCode.UNIMPLEMENTED: "there is another kind of server",
 }
@@ -51,6 +53,8 @@ def status_of(error: Exception) -> grpc.StatusCode:
             return grpc.StatusCode.DEADLINE_EXCEEDED
         case NumericsError():
             return grpc.StatusCode.DATA_LOSS
+        case HarmfulRequestError():
+            return grpc.StatusCode.ABORTED
         case WorkerError():
             return grpc.StatusCode.UNAVAILABLE
     return grpc.StatusCode.INTERNAL

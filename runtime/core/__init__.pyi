@@ -82,6 +82,13 @@ class History:
     def first(self, count: int) -> History:
         """That of a sequence whose text begins with this one's first `count` tokens, of at most MOST_TEXT."""
 
+    def state(self) -> Ints:
+        """All of it, for another rank to have with `restored`."""
+
+    @staticmethod
+    def restored(state: Sequence[int]) -> History:
+        """One with this state. Raises ValueError."""
+
     def at(self, rows: Int32, row: int) -> tuple[Int32, Int32]:
         """Each token of the text that ends in this row of a plan, and how often the answer has it; 0: the prompt alone
         has it. [n], [n]"""
@@ -494,6 +501,12 @@ class Retention:
 
     def reset(self) -> None:
         """Forget the sequence."""
+
+    def state(self) -> Ints:
+        """All that decides what comes next, for another rank to `restore`."""
+
+    def restore(self, state: Sequence[int]) -> None:
+        """Stand for the sequence with this state. Raises ValueError where it is none, or needs more room."""
 
     def commit(self, tokens: Sequence[int] | NDArray[np.integer]) -> Compaction | None:
         """Store the next tokens of the sequence; returns what that changes about those stored."""

@@ -60,7 +60,7 @@ def test_shortfall_names_the_resource_at_once_and_ends_ray(model, leaves_nothing
     leaves_nothing += processes.descendants()
     started = time.monotonic()
     with pytest.raises(ConfigError, match=r"asks for 27 GPU \(9 groups of 3 on one node each\), the Ray cluster has"):
-        pool.start(config, load_spec(model), pool.host, 1)
+        pool.open(config, load_spec(model))
     assert time.monotonic() - started < 10  # and not the 120 seconds that a cluster may take to grow
 
 
@@ -102,7 +102,7 @@ def test_joins_a_cluster_and_never_splits_a_tensor_parallel_group(model, two_nod
 
     with pytest.raises(ConfigError, match=r"2 CPU \(1 groups of 2 on one node each\), the Ray cluster has 2 CPU"):
         pool = RayPool(config(tp=2))
-        pool.start(config(tp=2), load_spec(model), pool.host, 1)
+        pool.open(config(tp=2), load_spec(model))
     with open_engine(config(lp=2)) as engine:
         (answer,) = engine.generate(PROMPTS[:1], SAMPLING)
     assert len(answer.token_ids) == SAMPLING.max_new_tokens
