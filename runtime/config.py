@@ -494,9 +494,21 @@ class ServerConfig(Section):
     """An address or a name of this machine. 0.0.0.0 and :: are all of its addresses, and take calls from other
     machines: there is neither TLS nor authentication."""
     port: int = Field(default=50051, ge=0, le=65535)
-    """0 lets the system choose; the chosen port is printed."""
+    """Of gRPC. 0 lets the system choose; the chosen port is printed."""
+    http_port: int | None = Field(default=8000, ge=0, le=65535)
+    """Of HTTP (docs/http.md). 0 lets the system choose; null: no HTTP."""
+    model_name: str | None = Field(default=None, min_length=1)
+    """What the model is called over HTTP; null: the last part of model.path."""
+    write_timeout_s: float = Field(default=60.0, gt=0)
+    """How long a client may leave unread what it was sent; then its request is withdrawn."""
     session_idle_timeout_s: float = Field(default=600.0, gt=0)
     """How long a conversation may hold its slot without a turn."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.http_port and self.http_port == self.port:
+            raise ValueError("http_port: is server.port, too; give each its own")
+        return self
 
     @field_validator("host")
     @classmethod

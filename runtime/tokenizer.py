@@ -216,6 +216,29 @@ class Tokenizer:
         assert isinstance(text, str)
         return text
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for inside a text; of a special token its name; of an unknown id none."""
+        piece = self._tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < self.vocab_size else None
+        if piece is None:
+            return b""
+        if token_id in self._tokenizer.added_tokens_decoder:
+            return str(piece).encode()
+        if self._letters is not None:
+            letters = self._letters
+            return bytes(letters[letter] for letter in piece if letter in letters)
+        if found := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(found[1])
+        return str(piece).replace("\u2581", " ").encode()  # SentencePiece's space
+
+    @cached_property
+    def _letters(self) -> dict[str, int] | None:
+        """Of a vocabulary that is spelt in bytes: the byte behind each letter."""
+        if self._backend is None or '"ByteLevel"' not in json.dumps(json.loads(self._backend.to_str())["decoder"]):
+            return None
+        shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # these stand for themselves
+        hidden = [byte for byte in range(256) if byte not in shown]
+        return {chr(byte): byte for byte in shown} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
+
     def shows(self, token_id: int) -> bool:
         """Whether decode gives the id any text at all: special and unknown ids it leaves out."""
         return 0 <= token_id < self.vocab_size and token_id not in self._special_ids

@@ -43,7 +43,7 @@ app = typer.Typer(
 
 @app.command()
 def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
-    """Answer gRPC calls until SIGINT or SIGTERM.
+    """Answer calls, over gRPC and HTTP, until SIGINT or SIGTERM.
 
     A mesh of more than one worker runs on Ray: the cluster that ray.address or RAY_ADDRESS names, else a local one.
     """
@@ -58,7 +58,7 @@ def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
     settings = Config.load(config, set_ or ())
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     engine = open_engine(settings, prepare=True)  # when the port is had
-    serve_until_signal(settings, engine, lambda address: print(f"serving on {address}", flush=True))
+    serve_until_signal(settings, engine, lambda addresses: print(addresses, flush=True))
 
 
 @app.command()

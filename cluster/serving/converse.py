@@ -7,7 +7,6 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import AsyncIterable
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -134,7 +133,7 @@ class Conversation:
             await self._write(turn, StepOutput(request.request_id, (), usage, FinishReason.CANCELLED), "")
             return
         turn.request_id = request.request_id
-        async with aclosing(calls.answer(self._loop, self._engine.tokenizer, request)) as outputs:
+        with calls.Running(self._loop, self._engine.tokenizer, [request], may_be_cancelled=True) as outputs:
             async for output, text in outputs:
                 self._usage = output.usage
                 self._session.take(output)
