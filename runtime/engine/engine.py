@@ -30,7 +30,17 @@ from runtime.model.directory import checked_model, for_model
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
 from runtime.prompts import as_prompt, as_prompts, kind_of
-from runtime.request import CacheReport, Completion, FinishReason, Prompt, Request, StepOutput, TokenLogprobs, forks
+from runtime.request import (
+    CacheReport,
+    Completion,
+    FinishReason,
+    Prompt,
+    Request,
+    StepOutput,
+    TokenLogprobs,
+    ToolChat,
+    forks,
+)
 from runtime.retention import with_separator_ids
 from runtime.step import Choose, Int32, StepPlan, StepResult
 from runtime.stops import AnswerText, StopWatch
@@ -219,6 +229,9 @@ class Engine:
             messages: Sequence[Mapping[str, str]] = prompt  # type: ignore[assignment]
             after = session.last_token if session is not None else None
             ids = self.tokenizer.encode_turn(messages, after) if goes_on else self.tokenizer.encode_chat(messages)
+            sampling = self._ended_by_turn(sampling)
+        elif isinstance(prompt, ToolChat):
+            ids = self.tokenizer.encode_tool_chat(prompt)
             sampling = self._ended_by_turn(sampling)
         else:
             ids = list(prompt)  # type: ignore[arg-type]

@@ -39,14 +39,19 @@ class Choice:
         self._request = asked.requests[index]
         self._echo = asked.echoes[index] if asked.echoes else ""
         self._older = OlderForm(tokenizer)
+        self._calls = asked.tools.reader() if asked.tools is not None else None
         self._is_first = True
 
     def push(self, output: StepOutput, text: str) -> Piece:
         """The next step, and the text that became certain with it."""
         content: Json = {"content": text} if self._asked.is_chat else {"text": self._echo + text}
+        reason = str(output.finish_reason) if output.finish_reason is not None else None
+        if self._calls is not None:
+            shown, deltas = self._calls.push(text, reason is not None)
+            content = {"content": shown} | ({"tool_calls": deltas} if deltas else {})
+            reason = "tool_calls" if reason == "stop" and self._calls.num_calls else reason
         if self._is_first and self._asked.is_chat:
             content = {"role": "assistant", **content}
-        reason = str(output.finish_reason) if output.finish_reason is not None else None
         piece = Piece(self._index, content, self._logprobs(output), reason, self._ours(output))
         self._echo, self._is_first = "", False
         return piece
@@ -73,6 +78,19 @@ class Choice:
         if output.finish_reason is not None:
             ours["usage"] = usage_of(output.usage)
         return ours
+
+
+def _message(run: Sequence[Piece]) -> Json:
+    """What an assistant has said in all."""
+    text = "".join(each.content["content"] for each in run)
+    calls: list[Json] = []
+    for delta in (one for each in run for one in each.content.get("tool_calls", ())):
+        if delta["index"] == len(calls):
+            calls.append({"id": delta["id"], "type": "function", "function": dict(delta["function"])})
+        else:
+            calls[delta["index"]]["function"]["arguments"] += delta["function"]["arguments"]
+    message: Json = {"role": "assistant", "content": text or None if calls else text, "refusal": None}
+    return message | ({"tool_calls": calls} if calls else {})
 
 
 def usage_of(usage: Usage) -> Json:
@@ -126,8 +144,7 @@ class Envelope:
             ours["token_ids"] = [one for each in run for one in each.outrider["token_ids"]]
         choice: Json = {"index": run[0].index, "logprobs": logprobs, "finish_reason": run[-1].finish_reason}
         if self._asked.is_chat:
-            text = "".join(each.content["content"] for each in run)
-            return choice | {"message": {"role": "assistant", "content": text, "refusal": None}, "outrider": ours}
+            return choice | {"message": _message(run), "outrider": ours}
         return choice | {"text": "".join(each.content["text"] for each in run), "outrider": ours}
 
     def count(self, output: StepOutput, index: int) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from cluster.serving.http import tools
 from cluster.serving.http.fields import EXTENSIONS, SHARED, Chat, ChatBody, Common, Completion, CompletionBody
 from runtime.config import Config, LookaheadConfig, SamplingParams
 from runtime.errors import InvalidRequestError, OutriderError
@@ -18,6 +19,10 @@ from runtime.request import Prompt, Request, forks
 
 if TYPE_CHECKING:
     from runtime.engine.engine import Engine  # which compiles when it is imported for the first time
+
+
+MOST_CHOICES = 128
+"""Answers that one call may ask for."""
 
 
 class UnknownModelError(OutriderError):
@@ -43,6 +48,8 @@ class Asked:
     """The texts of the prompts, by choice, where they are to be given, too."""
     logprobs: int | None = None
     """Of how many of the likeliest tokens besides the chosen one."""
+    tools: tools.ToolUse | None = None
+    """How calls of functions are found in the answers, if there may be any."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
 
@@ -61,15 +68,11 @@ def read_chat(content: bytes, engine: Engine, arrival_s: float) -> Asked:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("top_logprobs", body.top_logprobs, "is for logprobs", "Set logprobs to true.")
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = _sampling(body, engine, num_logprobs, body.max_completion_tokens, _form(body))
-    for name in ("tools", "tool_choice"):
-        if getattr(body, name) is not None:
-            raise InvalidRequestError(name, "(not shown)", "is not supported yet", "Leave it out.")
-    for index, each in enumerate(body.messages):
-        if each.tool_calls or each.tool_call_id:
-            raise InvalidRequestError(f"messages[{index}]", "(not shown)", "is about a tool's call", "Leave it out.")
-    messages = [{"role": _role(each.role), "content": each.content or ""} for each in body.messages]
-    return _asked(body, engine, [messages], sampling, num_logprobs, arrival_s)
+    chat, use, binding = tools.prepare(body, engine.tokenizer)
+    sampling = _sampling(body, num_logprobs, body.max_completion_tokens, _form(body) | binding)
+    is_plain = not chat.tools and all(message.keys() == {"role", "content"} for message in chat.messages)
+    prompt: Prompt = chat.messages if is_plain else chat
+    return _asked(body, engine, [prompt], sampling, num_logprobs, arrival_s, use)
 
 
 def read_completion(content: bytes, engine: Engine, arrival_s: float) -> Asked:
@@ -78,7 +81,7 @@ def read_completion(content: bytes, engine: Engine, arrival_s: float) -> Asked:
     _check(body, engine)
     if body.best_of not in (None, body.n or 1):
         raise InvalidRequestError("best_of", body.best_of, "is not n", "Leave it out: all answers are given.")
-    sampling = _sampling(body, engine, body.logprobs)
+    sampling = _sampling(body, body.logprobs)
     if body.echo and body.logprobs is not None and "prompt_logprobs" not in sampling:
         sampling["prompt_logprobs"] = body.logprobs
     return _asked(body, engine, _prompts(body.prompt), sampling, body.logprobs, arrival_s)
@@ -93,13 +96,8 @@ def _check(body: Common, engine: Engine) -> None:
         raise InvalidRequestError("stream_options", "(an object)", problem, "Leave it out, or set stream to true.")
 
 
-def _role(role: str) -> str:
-    return "system" if role == "developer" else role
-
-
 def _sampling(
     body: Common,
-    engine: Engine,
     num_logprobs: int | None,
     max_completion_tokens: int | None = None,
     form: dict[str, Any] | None = None,
@@ -160,6 +158,7 @@ def _asked(
     given: dict[str, Any],
     num_logprobs: int | None,
     arrival_s: float,
+    use: tools.ToolUse | None = None,
 ) -> Asked:
     lookahead_given = getattr(body, "lookahead", None)
     sampling: SamplingParams = engine.config.sampling.merged(given)
@@ -168,6 +167,9 @@ def _asked(
         names = tuple(type(lookahead_given).model_fields)
         lookahead = lookahead.merged(lookahead_given.given(names), "lookahead.")
     answer_id = body.request_id or f"{'chatcmpl' if isinstance(body, Chat) else 'cmpl'}-{uuid.uuid4().hex}"
+    if len(prompts) * sampling.n > MOST_CHOICES:
+        problem = f"with n = {sampling.n} they ask for more than {MOST_CHOICES} answers"
+        raise InvalidRequestError("prompt", f"{len(prompts)} prompts", problem, "Send several calls.")
     requests: list[Request] = []
     echoes: list[str] = []
     firsts: set[int] = set()
@@ -192,4 +194,5 @@ def _asked(
         return_token_ids=bool(body.return_token_ids),
         echoes=tuple(echoes),
         logprobs=num_logprobs,
+        tools=use,
     )
