@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack
 from typing import NoReturn
 
 import grpc
 
-from cluster.wire.statuses import status_of
+from cluster.serving import logs
+from cluster.serving.visits import Visit
+from cluster.wire.statuses import status_of, told
 from runtime.engine.loop import EngineLoop
 from runtime.errors import WorkerError
 from runtime.request import FinishReason, Request, StepOutput
@@ -22,10 +25,10 @@ log = logging.getLogger(__name__)
 async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
     """End the call with the status of `error`; a defect is logged."""
     code = status_of(error)
-    text = str(error)
+    text = told(error)
     if code is grpc.StatusCode.INTERNAL:
-        log.error("a request failed", exc_info=error)
-        text = f"internal error ({type(error).__name__}: {error}); the server's log has the details"
+        logs.defect(log, error)
+        text = f"internal error ({type(error).__name__}); the server's log says where"
     await context.abort(code, text)
     raise AssertionError("abort raises")
 
@@ -34,16 +37,22 @@ class Running:
     """Requests that run, from `with` on: iterated over, each step's output of each, and the text that became certain
     with it. Leaving the `with` withdraws what still runs.
 
-    Entering raises what `EngineLoop.submit` raises, and then none of them runs. Iterating raises NumericsError if the
-    model gives no numbers, and WorkerError if the workers fail, or if the server shuts down meanwhile, unless
-    `may_be_cancelled`: then that a request was cancelled is an output like others.
+    Entering raises LimitError, and what `EngineLoop.submit` raises, and then none of them runs. Iterating raises
+    NumericsError if the model gives no numbers, and WorkerError if the workers fail, or if the server shuts down
+    meanwhile, unless `may_be_cancelled`: then that a request was cancelled is an output like others.
     """
 
     def __init__(
-        self, loop: EngineLoop, tokenizer: Tokenizer, requests: Sequence[Request], may_be_cancelled: bool = False
+        self,
+        loop: EngineLoop,
+        tokenizer: Tokenizer,
+        requests: Sequence[Request],
+        visit: Visit,
+        may_be_cancelled: bool = False,
     ) -> None:
         """`requests`: each is for one answer (runtime.request.forks)."""
-        self._loop, self._tokenizer, self._requests = loop, tokenizer, requests
+        self._loop, self._tokenizer, self._requests, self._visit = loop, tokenizer, requests, visit
+        self._within = ExitStack()
         self._may_be_cancelled = may_be_cancelled
         self._events = asyncio.get_running_loop()
         # At most max_new_tokens outputs ever wait here for each answer, so a slow reader holds up nobody but itself.
@@ -52,6 +61,7 @@ class Running:
         self._texts: dict[str, AnswerText] = {}
 
     def __enter__(self) -> AsyncIterator[tuple[StepOutput, str]]:
+        self._within.enter_context(self._visit.account.request(len(self._requests)))
         try:
             for request in self._requests:
                 self._live.add(request.request_id)
@@ -63,12 +73,14 @@ class Running:
         except BaseException:
             self._withdraw()
             raise
+        self._visit.admit(self._requests, self._tokenizer)
         return self._read()
 
     def __exit__(self, *_: object) -> None:
         self._withdraw()
 
     def _withdraw(self) -> None:
+        self._within.close()
         for request_id in list(self._live):  # the others' ids may be of other requests by now
             self._loop.cancel(request_id)
 
@@ -91,4 +103,6 @@ class Running:
                 # A client that cancels does not get here; this is `GenerationServer.stop`.
                 raise WorkerError("the server shut down before the text had ended")
             num_unfinished -= output.finish_reason is not None
-            yield output, texts[output.request_id].push(output)
+            text = texts[output.request_id].push(output)
+            self._visit.take(output, text)
+            yield output, text

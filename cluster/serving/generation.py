@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterable, Coroutine
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterable, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 import grpc
 
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.serving import calls
+from cluster.serving.access import authorization_of
 from cluster.serving.converse import Conversation
 from cluster.serving.desk import Desk
+from cluster.serving.visits import Visit
 from cluster.wire import answers, requests
 from cluster.wire.server_info import server_info
+from cluster.wire.statuses import status_of
 from runtime.errors import FieldError
 from runtime.request import Request, forks
 
@@ -44,51 +48,61 @@ class GenerationService:
         return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
 
     async def Generate(self, message: bytes, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        await self._carry_out(self._generate(message, context), context)
+        async with self._visit("Generate", context) as visit:
+            await self._generate(message, context, visit)
 
     async def Converse(self, messages: AsyncIterable[bytes], context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        await self._carry_out(self._converse(messages, context), context)
+        async with self._visit("Converse", context) as visit:
+            await self._converse(messages, context, visit)
 
     async def GetServerInfo(  # noqa: N802
         self, message: bytes, context: grpc.aio.ServicerContext
     ) -> pb.GetServerInfoResponse:
-        try:
+        async with self._visit("GetServerInfo", context):
             requests.parse(pb.GetServerInfoRequest, message)
             return server_info(*self._desk.opened, self._desk.num_refused)
-        except Exception as error:
-            await calls.abort(context, error)
+        raise AssertionError("what is raised ends the call")
 
     def drain(self) -> None:
         """Conversations end after their running turns."""
         for conversation in self._conversations:
             conversation.drain()
 
-    async def _carry_out(self, call: Coroutine[Any, Any, None], context: grpc.aio.ServicerContext) -> None:
-        """Await a call's work within its deadline, and end it with a status if it fails."""
-        with self._desk.call():
+    @asynccontextmanager
+    async def _visit(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[Visit]:
+        """A call, within its deadline; an error ends it with a status."""
+        with self._desk.visit("grpc", method, authorization_of(context.invocation_metadata())) as visit:
             try:
                 async with asyncio.timeout(context.time_remaining()) as deadline:
-                    await call
+                    yield visit
+                visit.status = grpc.StatusCode.OK.name
+            except asyncio.CancelledError:
+                visit.status = grpc.StatusCode.CANCELLED.name
+                raise
             except Exception as error:
                 if deadline.expired():
+                    visit.status = grpc.StatusCode.DEADLINE_EXCEEDED.name
                     await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the last token")
+                visit.status = status_of(error).name
                 self._desk.num_refused += isinstance(error, FieldError)
                 await calls.abort(context, error)
 
-    async def _generate(self, message: bytes, context: grpc.aio.ServicerContext) -> None:
+    async def _generate(self, message: bytes, context: grpc.aio.ServicerContext, visit: Visit) -> None:
         arrival_s = time.perf_counter()
         self._desk.check_taking()
         engine, loop = self._desk.opened
         request = await self._desk.threads.run(len(message), _read, message, engine)
         request = dataclasses.replace(request, arrival_s=arrival_s)
-        with calls.Running(loop, engine.tokenizer, forks(request)) as outputs:
+        visit.request_id = request.request_id
+        self._desk.check_length(len(request.prompt_ids))
+        with calls.Running(loop, engine.tokenizer, forks(request), visit) as outputs:
             async for output, text in outputs:
                 output = dataclasses.replace(output, request_id=request.request_id)
-                await context.write(answers.response(output, text))
+                await self._desk.written(context.write(answers.response(output, text)))
 
-    async def _converse(self, messages: AsyncIterable[bytes], context: grpc.aio.ServicerContext) -> None:
+    async def _converse(self, messages: AsyncIterable[bytes], context: grpc.aio.ServicerContext, visit: Visit) -> None:
         self._desk.check_taking()
-        conversation = Conversation(*self._desk.opened, self._desk.threads, context)
+        conversation = Conversation(self._desk, context, visit)
         self._conversations.add(conversation)
         try:
             await conversation.run(messages)

@@ -18,7 +18,9 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cluster.serving import access
 from cluster.serving.desk import Desk
+from cluster.serving.gate import Gate
 from cluster.serving.generation import SERVICE_NAME, GenerationService
 from cluster.serving.http.door import HttpDoor
 from cluster.serving.ports import ANOTHER_PORT, check_free, shown
@@ -79,14 +81,20 @@ class GenerationServer:
     async def start(self) -> Addresses:
         """Listen, and say to health checks that nothing is served yet.
 
-        Raises ConfigError if the host or a port cannot be had.
+        Raises ConfigError if the host or a port cannot be had, if tokens or certificates cannot be read, or if others
+        can reach it and there is no TLS.
         """
-        host, port = self._config.server.host, self._config.server.port
+        settings = self._config.server
+        host, port = settings.host, settings.port
+        access.check_reach(self._config)
+        certificates = access.read_certificates(settings)
+        self._desk.tokens = access.read_tokens(settings)
         check_free(host, port)
-        http = await self._http.start() if self._http is not None else None
-        self._grpc = grpc.aio.server(options=_OPTIONS)
+        http = await self._http.start(certificates) if self._http is not None else None
+        limits = [("grpc.max_allowed_incoming_connections", settings.max_connections)]
+        self._grpc = grpc.aio.server(options=[*_OPTIONS, *limits], interceptors=[Gate(self._desk)])
         try:
-            port = self._grpc.add_insecure_port(shown(host, port))
+            port = _bind(self._grpc, shown(host, port), certificates)
         except RuntimeError as error:
             problem = f"{shown(host, port)} cannot be bound ({error})"
             raise ConfigError("server.port", port, problem, ANOTHER_PORT) from error
@@ -132,6 +140,18 @@ class GenerationServer:
 
     async def _not_serving(self) -> None:
         await self._health.enter_graceful_shutdown()
+
+
+def _bind(server: grpc.aio.Server, address: str, certificates: access.Certificates | None) -> int:
+    """Listen at an address; the port."""
+    if certificates is None:
+        return int(server.add_insecure_port(address))
+    credentials = grpc.ssl_server_credentials(
+        [(certificates.key, certificates.cert)],
+        root_certificates=certificates.client_ca,
+        require_client_auth=certificates.client_ca is not None,
+    )
+    return int(server.add_secure_port(address, credentials))
 
 
 def serve(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.serving.http.logprobs import OlderForm, of_chat
 from cluster.serving.http.reading import Asked
+from cluster.serving.http.replies import dump
 from cluster.wire.answers import num_accepted
 from runtime.request import StepOutput, Usage
 from runtime.tokenizer import Tokenizer
@@ -173,8 +173,3 @@ class Envelope:
 def event(chunk: Json) -> bytes:
     """A server-sent event."""
     return b"data: %b\n\n" % dump(chunk)
-
-
-def dump(value: Any) -> bytes:
-    """JSON, as it is sent."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()

@@ -15,10 +15,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.serving import calls
-from cluster.serving.desk import Desk
-from cluster.serving.http.answers import Choice, Envelope, dump, event
+from cluster.serving.desk import Desk, SlowReaderError
+from cluster.serving.http.answers import Choice, Envelope, event
 from cluster.serving.http.errors import HttpError, Refusal, refusal_of
+from cluster.serving.http.guard import Guard
 from cluster.serving.http.reading import Asked, UnknownModelError, model_id, read_chat, read_completion
+from cluster.serving.http.replies import HEADERS, refused, reply
+from cluster.serving.visits import Visit
 from runtime.errors import FieldError, WorkerError
 
 if TYPE_CHECKING:
@@ -27,13 +30,15 @@ if TYPE_CHECKING:
 MAX_BODY_BYTES = 16 * 2**20
 BODY_TIMEOUT_S = 60.0
 """How long a client may take to send a body."""
-HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
 
-Read = Callable[[bytes, "Engine", float], Asked]
+CLIENT_LEFT = "499"
+"""The status in logs of a call whose client went away, as nginx has it."""
+
+Read = Callable[[bytes, "Engine", str, float], Asked]
 
 
-def make_app(desk: Desk) -> ASGIApp:
-    """All paths."""
+def make_app(desk: Desk, num_connections: Callable[[], int]) -> ASGIApp:
+    """All paths. `num_connections`: open now."""
 
     async def chat(scope: Scope, receive: Receive, send: Send) -> None:
         await Call(desk, scope, receive, send).answer(read_chat)
@@ -42,22 +47,22 @@ def make_app(desk: Desk) -> ASGIApp:
         await Call(desk, scope, receive, send).answer(read_completion)
 
     async def models(_: Request) -> Response:
-        return _json({"object": "list", "data": [_model(desk)]})
+        return reply({"object": "list", "data": [_model(desk)]})
 
     async def model(request: Request) -> Response:
         described, asked = _model(desk), request.path_params["model"]
         if asked != described["id"]:
             raise UnknownModelError(f"The model {asked[:200]!r} is not served here. There is {described['id']!r}.")
-        return _json(described)
+        return reply(described)
 
     async def alive(_: Request) -> Response:
         if desk.has_failed:
             raise WorkerError("the engine has failed")
-        return _json({"status": "ok"})
+        return reply({"status": "ok"})
 
     async def ready(_: Request) -> Response:
         desk.check_taking()
-        return _json({"status": "ready"})
+        return reply({"status": "ready"})
 
     routes = [
         Route("/v1/chat/completions", _raw(chat), methods=["POST"]),
@@ -70,7 +75,8 @@ def make_app(desk: Desk) -> ASGIApp:
     handlers: Any = {HTTPException: _not_found, Exception: _failed}
     for kind in (HttpError, UnknownModelError, FieldError, WorkerError):
         handlers[kind] = _failed
-    return Starlette(routes=routes, exception_handlers=handlers)
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    return Guard(app, desk, [route.path for route in routes], num_connections)
 
 
 class _raw:  # noqa: N801
@@ -95,16 +101,8 @@ def _model(desk: Desk) -> dict[str, Any]:
     }
 
 
-def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(dump(value), status, HEADERS | (headers or {}), media_type="application/json")
-
-
-def _refused(refusal: Refusal) -> Response:
-    return _json(refusal.body, refusal.status, refusal.headers)
-
-
 async def _failed(_: Request, error: Exception) -> Response:
-    return _refused(refusal_of(error))
+    return refused(refusal_of(error))
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
@@ -112,7 +110,7 @@ async def _not_found(request: Request, error: Exception) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}. docs/http.md has the paths."
     headers = dict(error.headers or {})
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
-    return _refused(refusal_of(HttpError(error.status_code, code, message, headers)))
+    return refused(refusal_of(HttpError(error.status_code, code, message, headers)))
 
 
 class Call:
@@ -121,36 +119,40 @@ class Call:
     def __init__(self, desk: Desk, scope: Scope, receive: Receive, send: Send) -> None:
         self._desk, self._scope, self._receive, self._send = desk, scope, receive, send
         self._arrival_s = time.perf_counter()
+        self._visit: Visit = scope["state"]["visit"]
         self._has_begun = False
 
     async def answer(self, read: Read) -> None:
         """Read, run, write. A client that goes away withdraws what runs."""
-        with self._desk.call():
+        try:
+            self._desk.check_taking()
+            content = await self._body()
+            work = asyncio.ensure_future(self._answer(read, content))
+            gone = asyncio.ensure_future(self._until_gone())
             try:
-                self._desk.check_taking()
-                content = await self._body()
-                work = asyncio.ensure_future(self._answer(read, content))
-                gone = asyncio.ensure_future(self._until_gone())
-                try:
-                    await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-                    if work.done():
-                        work.result()
-                finally:
-                    gone.cancel()
-                    await _ended(work)
-            except ClientDisconnect:
-                pass
-            except Exception as error:
-                self._desk.num_refused += isinstance(error, FieldError | HttpError | UnknownModelError)
-                await self._refuse(refusal_of(error))
+                await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+                if not work.done():
+                    raise ClientDisconnect
+                work.result()
+            finally:
+                gone.cancel()
+                await _ended(work)
+        except (ClientDisconnect, SlowReaderError):
+            self._visit.status = CLIENT_LEFT
+        except Exception as error:
+            self._desk.num_refused += isinstance(error, FieldError | HttpError | UnknownModelError)
+            await self._refuse(refusal_of(error))
 
     async def _answer(self, read: Read, content: bytes) -> None:
         engine, loop = self._desk.opened
-        asked = await self._desk.threads.run(len(content), read, content, engine, self._arrival_s)
+        asked = await self._desk.threads.run(len(content), read, content, engine, self._visit.visit_id, self._arrival_s)
+        self._visit.request_id = asked.answer_id
+        for request in asked.requests:
+            self._desk.check_length(len(request.prompt_ids))
         envelope = Envelope(asked, model_id(engine.config))
         choices = [Choice(asked, index, engine.tokenizer) for index in range(len(asked.requests))]
         pieces = []
-        with calls.Running(loop, engine.tokenizer, asked.requests) as outputs:
+        with calls.Running(loop, engine.tokenizer, asked.requests, self._visit) as outputs:
             if asked.stream:
                 await self._begin(200, {"content-type": "text/event-stream; charset=utf-8", "x-accel-buffering": "no"})
             async for output, text in outputs:
@@ -198,20 +200,14 @@ class Call:
         await self._send({"type": "http.response.start", "status": status, "headers": lines})
 
     async def _write(self, content: bytes, more: bool = True) -> None:
-        limit_s = self._desk.config.server.write_timeout_s
-        sending = self._send({"type": "http.response.body", "body": content, "more_body": more})
-        try:
-            async with asyncio.timeout(limit_s):
-                await sending
-        except TimeoutError:
-            raise ClientDisconnect from None
+        await self._desk.written(self._send({"type": "http.response.body", "body": content, "more_body": more}))
 
     async def _refuse(self, refusal: Refusal) -> None:
         """Say what is wrong: by a status, or, in a stream that has begun, by an event."""
         if self._has_begun:
             await self._write(event(refusal.body), more=False)
             return
-        await _refused(refusal)(self._scope, self._receive, self._send)
+        await refused(refusal)(self._scope, self._receive, self._send)
 
 
 async def _ended(work: asyncio.Future[Any]) -> None:

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 import uvicorn
 
 from cluster.serving import ports
+from cluster.serving.access import Certificates
 from cluster.serving.desk import Desk
 from cluster.serving.http.app import make_app
+from cluster.serving.http.protocol import Protocol
 
 
 class _Server(uvicorn.Server):
@@ -30,15 +32,15 @@ class HttpDoor:
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
 
-    async def start(self) -> str:
+    async def start(self, certificates: Certificates | None) -> str:
         """Listen; returns the address, HOST:PORT. Raises ConfigError if host or port cannot be had."""
         settings = self._desk.config.server
         assert settings.http_port is not None
         sockets = ports.listen(settings.host, settings.http_port, "server.http_port")
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what clients do wrong is no news
         config = uvicorn.Config(
-            make_app(self._desk),
-            http="httptools",
+            make_app(self._desk, lambda: len(server.server_state.connections)),
+            http=Protocol,
             ws="none",
             lifespan="off",
             loop="none",
@@ -49,7 +51,10 @@ class HttpDoor:
             timeout_keep_alive=75,
             timeout_graceful_shutdown=2,
         )
-        self._server = _Server(config)
+        if certificates is not None:
+            config.load()
+            config.ssl = certificates.context
+        self._server = server = _Server(config)
         self._task = asyncio.create_task(self._server.serve(sockets))
         while not self._server.started:
             await asyncio.sleep(0)

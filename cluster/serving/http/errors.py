@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 
+from cluster.serving import logs
 from cluster.serving.http.reading import UnknownModelError
+from cluster.serving.limits import LimitError
+from cluster.wire.statuses import UnauthenticatedError, told
 from runtime.errors import (
     DuplicateRequestError,
     FieldError,
@@ -52,21 +56,26 @@ def refusal_of(error: Exception) -> Refusal:
     match error:
         case HttpError():
             kind = "invalid_request_error" if error.status < 500 else "server_error"
-            return Refusal(error.status, str(error), kind, None, error.code, error.headers)
+            return Refusal(error.status, told(error), kind, None, error.code, error.headers)
+        case UnauthenticatedError():
+            wanted = {"www-authenticate": 'Bearer, Basic realm="outrider"'}
+            return Refusal(401, told(error), "invalid_request_error", None, "invalid_api_key", wanted)
         case UnknownModelError():
-            return Refusal(404, str(error), "invalid_request_error", "model", "model_not_found")
+            return Refusal(404, told(error), "invalid_request_error", "model", "model_not_found")
         case DuplicateRequestError():
-            return Refusal(409, str(error), "invalid_request_error", param_of(error), "conflict")
+            return Refusal(409, told(error), "invalid_request_error", param_of(error), "conflict")
         case ResourceExhaustedError():
-            return Refusal(429, str(error), "rate_limit_error", param_of(error), "rate_limit_exceeded", later)
+            if isinstance(error, LimitError):
+                later = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+            return Refusal(429, told(error), "rate_limit_error", param_of(error), "rate_limit_exceeded", later)
         case FieldError():
-            return Refusal(400, str(error), "invalid_request_error", param_of(error), "invalid_value")
+            return Refusal(400, told(error), "invalid_request_error", param_of(error), "invalid_value")
         case NumericsError():
-            return Refusal(500, str(error), "server_error", None, "model_failed")
+            return Refusal(500, told(error), "server_error", None, "model_failed")
         case WorkerError():
-            return Refusal(503, str(error), "server_error", None, "unavailable", later)
-    log.error("a request failed", exc_info=error)
-    message = f"internal error ({type(error).__name__}); the server's log has the details"
+            return Refusal(503, told(error), "server_error", None, "unavailable", later)
+    logs.defect(log, error)
+    message = f"internal error ({type(error).__name__}); the server's log says where"
     return Refusal(500, message, "server_error", None, "internal_error")
 
 

@@ -4,7 +4,6 @@ RequestThreads, never on the event loop."""
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
@@ -61,7 +60,7 @@ def model_id(config: Config) -> str:
     return PurePath(config.model.path).name if config.model.path is not None else PurePath(EMBEDDED_FILE).stem
 
 
-def read_chat(content: bytes, engine: Engine, arrival_s: float) -> Asked:
+def read_chat(content: bytes, engine: Engine, visit_id: str, arrival_s: float) -> Asked:
     """A body of /v1/chat/completions. Raises InvalidRequestError, UnknownModelError."""
     body = ChatBody.read(content)
     _check(body, engine)
@@ -72,10 +71,10 @@ def read_chat(content: bytes, engine: Engine, arrival_s: float) -> Asked:
     sampling = _sampling(body, num_logprobs, body.max_completion_tokens, _form(body) | binding)
     is_plain = not chat.tools and all(message.keys() == {"role", "content"} for message in chat.messages)
     prompt: Prompt = chat.messages if is_plain else chat
-    return _asked(body, engine, [prompt], sampling, num_logprobs, arrival_s, use)
+    return _asked(body, engine, [prompt], sampling, num_logprobs, (visit_id, arrival_s), use)
 
 
-def read_completion(content: bytes, engine: Engine, arrival_s: float) -> Asked:
+def read_completion(content: bytes, engine: Engine, visit_id: str, arrival_s: float) -> Asked:
     """A body of /v1/completions. Raises InvalidRequestError, UnknownModelError."""
     body = CompletionBody.read(content)
     _check(body, engine)
@@ -84,7 +83,7 @@ def read_completion(content: bytes, engine: Engine, arrival_s: float) -> Asked:
     sampling = _sampling(body, body.logprobs)
     if body.echo and body.logprobs is not None and "prompt_logprobs" not in sampling:
         sampling["prompt_logprobs"] = body.logprobs
-    return _asked(body, engine, _prompts(body.prompt), sampling, body.logprobs, arrival_s)
+    return _asked(body, engine, _prompts(body.prompt), sampling, body.logprobs, (visit_id, arrival_s))
 
 
 def _check(body: Common, engine: Engine) -> None:
@@ -157,7 +156,7 @@ def _asked(
     prompts: Sequence[Prompt],
     given: dict[str, Any],
     num_logprobs: int | None,
-    arrival_s: float,
+    arrival: tuple[str, float],
     use: tools.ToolUse | None = None,
 ) -> Asked:
     lookahead_given = getattr(body, "lookahead", None)
@@ -166,7 +165,7 @@ def _asked(
     if lookahead_given is not None:
         names = tuple(type(lookahead_given).model_fields)
         lookahead = lookahead.merged(lookahead_given.given(names), "lookahead.")
-    answer_id = body.request_id or f"{'chatcmpl' if isinstance(body, Chat) else 'cmpl'}-{uuid.uuid4().hex}"
+    answer_id = body.request_id or f"{'chatcmpl' if isinstance(body, Chat) else 'cmpl'}-{arrival[0]}"
     if len(prompts) * sampling.n > MOST_CHOICES:
         problem = f"with n = {sampling.n} they ask for more than {MOST_CHOICES} answers"
         raise InvalidRequestError("prompt", f"{len(prompts)} prompts", problem, "Send several calls.")
@@ -176,7 +175,7 @@ def _asked(
     num_prompt_tokens = 0
     for prompt in prompts:
         name = answer_id if len(prompts) == 1 else f"{answer_id}/{len(requests)}"
-        request = replace(engine.make_request(prompt, sampling, lookahead, name), arrival_s=arrival_s)
+        request = replace(engine.make_request(prompt, sampling, lookahead, name), arrival_s=arrival[1])
         num_prompt_tokens += len(request.prompt_ids)
         firsts.add(len(requests))
         requests += [replace(each, index=len(requests) + each.index) for each in forks(request)]

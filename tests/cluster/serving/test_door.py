@@ -103,10 +103,11 @@ def test_a_taken_port_is_refused_before_the_engine_is_opened() -> None:
 
     with taken_port() as port:
         for host in ("127.0.0.1", "localhost", "0.0.0.0"):
+            there = [f"server.host={host}", "server.insecure=true"]
             with pytest.raises(ConfigError, match=f"server.port = {port}: is taken"):
-                serve(Config.load(None, [f"server.host={host}", f"server.port={port}"]), engine())
+                serve(Config.load(None, [*there, f"server.port={port}"]), engine())
             with pytest.raises(ConfigError, match=f"server.http_port = {port}: is taken"):
-                serve(Config.load(None, [f"server.host={host}", "server.port=0", f"server.http_port={port}"]), engine())
+                serve(Config.load(None, [*there, "server.port=0", f"server.http_port={port}"]), engine())
 
 
 def test_a_host_that_is_none_is_refused_by_name() -> None:
@@ -132,6 +133,8 @@ def test_the_address_that_is_announced_can_be_called(host: str, monkeypatch: pyt
         pytest.skip("no IPv6 here")
     for name in ("http_proxy", "https_proxy", "grpc_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    with serving(ScriptedEngine(Config.load(None, ["server.port=0", f"server.host={host}"]))) as server:
+    with serving(
+        ScriptedEngine(Config.load(None, ["server.port=0", f"server.host={host}", "server.insecure=true"]))
+    ) as server:
         with Client(server.address) as client:
             assert client.is_serving()
