@@ -16,7 +16,7 @@ class FieldError(OutriderError):
     """One field has a value that cannot be used."""
 
     def __init__(self, field: str, value: Any, problem: str, remedy: str) -> None:
-        self.field, self.value, self.remedy = field, value, remedy
+        self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
         shown = repr(value)
         shown = shown if len(shown) <= 80 else f"{shown[:38]}...{shown[-39:]}"  # of a path, the end says most
         super().__init__(f"{field} = {shown}: {problem}. {remedy}")

@@ -40,6 +40,8 @@ NOT_BELOW_CLUSTER = {
     "google",
     "fastapi",
     "starlette",
+    "uvicorn",
+    "prometheus_client",
     "aiohttp",
     "flask",
 }

@@ -21,6 +21,8 @@ from cluster.cli.options import (
     JsonOption,
     LookaheadOption,
     SetOption,
+    TlsOption,
+    TokenOption,
     request_overrides,
     with_sampling,
 )
@@ -43,22 +45,22 @@ app = typer.Typer(
 
 @app.command()
 def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
-    """Answer gRPC calls until SIGINT or SIGTERM.
+    """Answer calls, over gRPC and HTTP, until SIGINT or SIGTERM.
 
     A mesh of more than one worker runs on Ray: the cluster that ray.address or RAY_ADDRESS names, else a local one.
     """
-    import logging
     import os
 
     # Ray starts its processes beside gRPC's threads, but not by forking alone: gRPC has nothing to prepare, or to say.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from cluster.client.backends import open_engine
+    from cluster.serving import logs
     from cluster.serving.server import serve as serve_until_signal
 
     settings = Config.load(config, set_ or ())
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logs.configure(settings.server)
     engine = open_engine(settings, prepare=True)  # when the port is had
-    serve_until_signal(settings, engine, lambda address: print(f"serving on {address}", flush=True))
+    serve_until_signal(settings, engine, lambda addresses: print(addresses, flush=True))
 
 
 @app.command()
@@ -66,6 +68,8 @@ def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
 def generate(
     prompt: Annotated[str, typer.Argument(help="The user's message (or raw text); - reads standard input.")],
     address: AddressOption = None,
+    token_file: TokenOption = None,
+    tls_ca: TlsOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     chat: Annotated[bool, typer.Option("--chat/--raw", help="A message in the chat template, or raw text.")] = True,
@@ -90,7 +94,7 @@ def generate(
         pictures.check(picture, address)
     text = streams.read_text() if prompt == "-" else prompt
     message: Prompt = [{"role": "user", "content": text}] if chat else text
-    backend, defaults = _backend(address, config, set_ or (), lookahead)
+    backend, defaults = _backend((address, token_file, tls_ca), config, set_ or (), lookahead)
     with closing(backend):
         chunks = []
         stream = None
@@ -128,6 +132,8 @@ def generate(
 @with_sampling
 def chat(
     address: AddressOption = None,
+    token_file: TokenOption = None,
+    tls_ca: TlsOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message to begin with.")] = None,
@@ -153,7 +159,7 @@ def chat(
     if raw and system is not None:
         raise ConfigError("--system", system, "raw text has no system message", "Say it in the first line instead.")
     interactive = streams.require_input().isatty()
-    backend, defaults = _backend(address, config, set_ or (), lookahead)
+    backend, defaults = _backend((address, token_file, tls_ca), config, set_ or (), lookahead)
     with closing(backend):
         talk = chats.Chat(
             backend,
@@ -177,6 +183,8 @@ def run_batch(
         Path, typer.Argument(metavar="OUT.jsonl", help="One answer a line, in the same order; - is standard output.")
     ],
     address: AddressOption = None,
+    token_file: TokenOption = None,
+    tls_ca: TlsOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     lookahead: LookaheadOption = None,
@@ -217,7 +225,7 @@ def run_batch(
     totals = batch.Totals()
 
     def connect() -> tuple[Backend, dict[str, dict[str, Any]]]:
-        backend, defaults = _backend(address, config, set_ or (), lookahead)
+        backend, defaults = _backend((address, token_file, tls_ca), config, set_ or (), lookahead)
         return backend, {"sampling": defaults["sampling"] | sampling, "lookahead": defaults["lookahead"]}
 
     try:
@@ -316,16 +324,26 @@ def version() -> None:
 
 
 def _backend(
-    address: str | None, config: Path | None, settings: Sequence[str], lookahead: bool | None
+    where: tuple[str | None, Path | None, str | None],
+    config: Path | None,
+    settings: Sequence[str],
+    lookahead: bool | None,
 ) -> tuple[Backend, dict[str, dict[str, Any]]]:
     """Where answers come from, and the parameters to send along with every request, by section."""
     from cluster.client import backends
 
+    address, token_file, tls_ca = where
+    if address is None and (token_file or tls_ca):
+        option = "--token-file" if token_file else "--tls-ca"
+        raise ConfigError(option, str(token_file or tls_ca), "is for a server", "Name one with --address.")
     if address is not None:
+        from cluster.client.access import read_token
+
         overrides = request_overrides(config, settings)
         if lookahead is not None:
             overrides["lookahead"]["enabled"] = lookahead
-        return backends.Remote(address), overrides
+        token = read_token(token_file) if token_file is not None else None
+        return backends.Remote(address, token, tls_ca), overrides
     if lookahead is not None:
         settings = [*settings, f"lookahead.enabled={str(lookahead).lower()}"]
     return backends.InProcess(Config.load(config, settings)), {"sampling": {}, "lookahead": {}}

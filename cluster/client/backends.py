@@ -244,8 +244,8 @@ class LocalConversation:
 class Remote:
     """A server's GenerationService."""
 
-    def __init__(self, address: str) -> None:
-        self._client = Client(address)
+    def __init__(self, address: str, token: str | None = None, tls_ca: str | None = None) -> None:
+        self._client = Client(address, token=token, tls_ca=tls_ca)
 
     def stream(self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any]) -> Iterator[Chunk]:
         prompt = as_prompt(prompt)

@@ -11,6 +11,7 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cluster.client.access import Access
 from cluster.client.address import channel_options, checked
 from cluster.client.conversation import Conversation
 from cluster.pb.outrider.v1 import generation_pb2 as pb
@@ -82,9 +83,21 @@ class Stream(Iterator[Chunk]):
 class Client:
     """One connection; calls may come from any number of threads at once."""
 
-    def __init__(self, address: str) -> None:
-        """`address` is HOST:PORT. Raises ConfigError if it is not."""
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        tls_ca: str | None = None,
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
+        insecure: bool = False,
+    ) -> None:
+        """`address` is HOST:PORT. What is left out of `token` and PEM files is taken from the environment
+        (cluster.client.access.Access). Raises ConfigError for what cannot be used."""
         self.address = checked(address)
+        given = {"token": token, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key}
+        access = Access.of(given, insecure)
         limits = [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -92,7 +105,7 @@ class Client:
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 2_000),
         ]
-        self._channel = grpc.insecure_channel(self.address, options=[*limits, *channel_options(self.address)])
+        self._channel = access.channel(self.address, [*limits, *channel_options(self.address)])
         self._generation = pb_grpc.GenerationServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._closed = False

@@ -7,25 +7,20 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import AsyncIterable
-from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import grpc
 
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.serving import calls
-from cluster.serving.threads import RequestThreads
+from cluster.serving.desk import Desk
+from cluster.serving.visits import Visit
 from cluster.wire import answers, requests
 from cluster.wire.answers import cache_is_full
 from cluster.wire.statuses import IdleError
-from runtime.engine.loop import EngineLoop
 from runtime.engine.session import Session
 from runtime.errors import InvalidRequestError, ResourceExhaustedError, WorkerError
 from runtime.request import FinishReason, Request, StepOutput, Usage
-
-if TYPE_CHECKING:
-    from runtime.engine.engine import Engine  # which compiles when it is imported for the first time
 
 MAX_UNANSWERED_TURNS = 8
 """Turns that a client may have sent without having a complete answer."""
@@ -46,11 +41,10 @@ class _Turn:
 class Conversation:
     """One call of Converse. Two tasks share it: one reads, so that a stop gets through, the other answers."""
 
-    def __init__(
-        self, engine: Engine, loop: EngineLoop, threads: RequestThreads, context: grpc.aio.ServicerContext
-    ) -> None:
-        self._engine, self._loop, self._threads, self._context = engine, loop, threads, context
-        self._idle_timeout_s = engine.config.server.session_idle_timeout_s
+    def __init__(self, desk: Desk, context: grpc.aio.ServicerContext, visit: Visit) -> None:
+        self._desk, self._threads, self._context, self._visit = desk, desk.threads, context, visit
+        self._engine, self._loop = desk.opened
+        self._idle_timeout_s = self._engine.config.server.session_idle_timeout_s
         self._session: Session | None = None
         self._num_turns = 0
         self._unanswered: deque[_Turn] = deque()  # oldest first; the running one included
@@ -93,6 +87,7 @@ class Conversation:
         session_id = requests.read_id(message, "session_id")
         if self._session is None:
             self._session = self._loop.open_session(session_id)
+            self._visit.request_id = self._session.session_id
         elif session_id is not None:
             problem, remedy = "the conversation has its session", "Name it in the first message only."
             raise InvalidRequestError("session_id", session_id, problem, remedy)
@@ -125,6 +120,7 @@ class Conversation:
     async def _answer(self, turn: _Turn) -> None:
         assert self._session is not None
         request = await self._threads.run(turn.message.ByteSize(), self._make_request, turn)
+        self._desk.check_length(len(request.prompt_ids))
         if turn.stopped:
             usage = Usage(
                 kept_last=self._usage.kept_last,
@@ -134,7 +130,9 @@ class Conversation:
             await self._write(turn, StepOutput(request.request_id, (), usage, FinishReason.CANCELLED), "")
             return
         turn.request_id = request.request_id
-        async with aclosing(calls.answer(self._loop, self._engine.tokenizer, request)) as outputs:
+        with calls.Running(
+            self._loop, self._engine.tokenizer, [request], self._visit, may_be_cancelled=True
+        ) as outputs:
             async for output, text in outputs:
                 self._usage = output.usage
                 self._session.take(output)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import grpc
 
 from runtime.errors import (
@@ -24,6 +26,7 @@ _MEANINGS = {
     grpc.StatusCode.ABORTED: "the request ends the server's workers",
     grpc.StatusCode.DATA_LOSS: "the server's model failed",
     grpc.StatusCode.UNIMPLEMENTED: "there is another kind of server",
+    grpc.StatusCode.UNAUTHENTICATED: "the server wants a token that it knows",
 }
 
 
@@ -36,8 +39,25 @@ class CallError(OutriderError):
         super().__init__(f"{address}: {meaning} ({code.name}): {details}")
 
 
+class UnauthenticatedError(OutriderError):
+    """The call has no token, or one that is not known here (UNAUTHENTICATED)."""
+
+
 class IdleError(OutriderError):
     """A conversation held its slot for too long without a turn (DEADLINE_EXCEEDED)."""
+
+
+_CLIENTS_TEXT = re.compile(
+    r"prompt|text|body|token_ids|messages(\[\d+\])?(\.content)?|sampling\.(json_schema|regex|choice|grammar|stop)"
+)
+"""Fields whose values are what a client has written."""
+
+
+def told(error: Exception) -> str:
+    """An error in words, as they are sent: without what of a prompt is in it, since they may come into others' logs."""
+    if isinstance(error, FieldError) and _CLIENTS_TEXT.fullmatch(error.field):
+        return f"{error.field}: {error.problem}. {error.remedy}"
+    return str(error)
 
 
 def status_of(error: Exception) -> grpc.StatusCode:
@@ -51,6 +71,8 @@ def status_of(error: Exception) -> grpc.StatusCode:
             return grpc.StatusCode.INVALID_ARGUMENT
         case IdleError():
             return grpc.StatusCode.DEADLINE_EXCEEDED
+        case UnauthenticatedError():
+            return grpc.StatusCode.UNAUTHENTICATED
         case NumericsError():
             return grpc.StatusCode.DATA_LOSS
         case HarmfulRequestError():

@@ -51,6 +51,7 @@ from runtime.request import (
     Request,
     StepOutput,
     TokenLogprobs,
+    ToolChat,
     forks,
 )
 from runtime.retention import with_separator_ids
@@ -265,6 +266,9 @@ class Engine:
             messages: Sequence[Mapping[str, str]] = prompt  # type: ignore[assignment]
             after = session.last_token if session is not None else None
             ids = self.tokenizer.encode_turn(messages, after) if goes_on else self.tokenizer.encode_chat(messages)
+            sampling = self._ended_by_turn(sampling)
+        elif isinstance(prompt, ToolChat):
+            ids = self.tokenizer.encode_tool_chat(prompt)
             sampling = self._ended_by_turn(sampling)
         else:
             ids = list(prompt)  # type: ignore[arg-type]
