@@ -547,6 +547,9 @@ class ServerConfig(Section):
     """Of one request; the cache may hold fewer."""
     session_idle_timeout_s: float = Field(default=600.0, gt=0)
     """How long a conversation may hold its slot without a turn."""
+    restarts: int = Field(default=10, ge=0)
+    """How often in a row, with growing pauses, `outrider serve` starts the server again when it ends unasked; 0: it
+    runs without a supervisor."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -47,17 +47,25 @@ app = typer.Typer(
 def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
     """Answer calls, over gRPC and HTTP, until SIGINT or SIGTERM.
 
-    A mesh of more than one worker runs on Ray: the cluster that ray.address or RAY_ADDRESS names, else a local one.
+    A mesh of more than one worker runs on Ray: the cluster that ray.address or RAY_ADDRESS names, else a local one. A
+    server that ends unasked is started again (server.restarts).
     """
     import os
 
+    from cluster.serving import supervisor
+
+    settings = Config.load(config, set_ or ())
+    if settings.server.restarts and not supervisor.is_supervised():
+        named = [("--config", config), *(("--set", setting) for setting in set_ or ())]
+        parts = [str(part) for name, value in named if value is not None for part in (name, value)]
+        command = [sys.executable, "-m", "cluster.cli", "serve", *parts]
+        raise typer.Exit(supervisor.supervise(command, settings.server.restarts))
     # Ray starts its processes beside gRPC's threads, but not by forking alone: gRPC has nothing to prepare, or to say.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from cluster.client.backends import open_engine
     from cluster.serving import logs
     from cluster.serving.server import serve as serve_until_signal
 
-    settings = Config.load(config, set_ or ())
     logs.configure(settings.server)
     engine = open_engine(settings, prepare=True)  # when the port is had
     serve_until_signal(settings, engine, lambda addresses: print(addresses, flush=True))

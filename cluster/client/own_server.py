@@ -34,7 +34,9 @@ def own_server(settings: Sequence[str] = (), config: Path | None = None) -> Iter
     """
     command = [sys.executable, "-m", "cluster.cli", "serve", *(("--config", str(config)) if config else ())]
     command += [
-        part for setting in ["server.http_port=null", *settings, "server.port=0"] for part in ("--set", setting)
+        part
+        for setting in ["server.http_port=null", "server.restarts=0", *settings, "server.port=0"]
+        for part in ("--set", setting)
     ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     pipe = subprocess.PIPE

@@ -18,7 +18,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.serving import access
+from cluster.serving import access, supervisor
 from cluster.serving.desk import Desk
 from cluster.serving.gate import Gate
 from cluster.serving.generation import SERVICE_NAME, GenerationService
@@ -26,7 +26,7 @@ from cluster.serving.http.door import HttpDoor
 from cluster.serving.ports import ANOTHER_PORT, check_free, shown
 from runtime.config import Config
 from runtime.engine.loop import EngineLoop
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, WorkerError
 
 if TYPE_CHECKING:
     from runtime.engine.engine import Engine  # which compiles when it is imported for the first time
@@ -53,6 +53,11 @@ _OPTIONS = [
 ]
 
 
+LIVENESS = "liveness"
+"""Name under which a health check asks whether the process is well, though it may still be loading; under any other,
+whether it takes requests."""
+
+
 @dataclass(frozen=True)
 class Addresses:
     """Where the doors are, as HOST:PORT."""
@@ -60,6 +65,13 @@ class Addresses:
     grpc: str
     http: str | None
     """None: there is no such door."""
+
+    @property
+    def settings(self) -> list[str]:
+        """What to add to a command line for the same ports again."""
+        doors = {"server.port": self.grpc, "server.http_port": self.http}
+        known = {key: address.rpartition(":")[2] for key, address in doors.items() if address is not None}
+        return [part for key, port in known.items() for part in ("--set", f"{key}={port}")]
 
     def __str__(self) -> str:
         return f"serving on {self.grpc}" + (f"\nhttp on {self.http}" if self.http is not None else "")
@@ -103,16 +115,20 @@ class GenerationServer:
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self._grpc.start()
         return Addresses(shown(host, port), http)
 
-    async def open(self, engine: Engine) -> None:
-        """Serve this engine, which stays the caller's to close."""
+    async def open(self, engine: Engine, on_failure: Callable[[], None] = lambda: None) -> None:
+        """Serve this engine, which stays the caller's to close. `on_failure` is called when it can answer no more."""
         events = asyncio.get_running_loop()
         gc.freeze()  # what is here stays: looking through it for garbage would hold up a step for milliseconds
-        self._loop = EngineLoop(
-            engine, on_failure=lambda _: asyncio.run_coroutine_threadsafe(self._not_serving(), events)
-        )
+
+        def failed(_: Exception) -> None:
+            asyncio.run_coroutine_threadsafe(self._not_serving(), events)
+            on_failure()
+
+        self._loop = EngineLoop(engine, on_failure=failed)
         self._desk.open(engine, self._loop)
         await self._say(health_pb2.HealthCheckResponse.SERVING)
 
@@ -133,6 +149,11 @@ class GenerationServer:
         if self._grpc is not None:
             await self._grpc.stop(grace=2.0)
         self._desk.close()
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why the engine can answer no more."""
+        return self._loop.failed if self._loop is not None else None
 
     async def _say(self, status: Any) -> None:
         for name in ("", SERVICE_NAME):
@@ -163,7 +184,8 @@ def serve(
     """Listen, open the engine, and serve it until SIGINT or SIGTERM; then drain. A second signal ends the draining.
 
     `announce` gets the addresses once calls are taken; before, health checks are answered NOT_SERVING. Must run in the
-    main thread, which owns signals. Raises ConfigError, before the engine is opened, if a port cannot be had.
+    main thread, which owns signals. Raises ConfigError, before the engine is opened, if a port cannot be had;
+    WorkerError where the engine fails so that it can answer no more.
     """
     with _events() as run:
         server = GenerationServer(config)
@@ -171,12 +193,15 @@ def serve(
             addresses = run(server.start()).result()
             with engine as opened, _caught() as (next_signal, wake):
                 try:
-                    run(server.open(opened)).result()
+                    run(server.open(opened, on_failure=wake)).result()
                     log.info("%s", str(addresses).replace("\n", ", "))
                     if announce is not None:
                         announce(addresses)
-                    name = signal.Signals(next_signal()).name
-                    log.info("%s: finishing the live streams, for at most %g s", name, grace_s)
+                    supervisor.serving(addresses.settings)
+                    number = next_signal()
+                    if number == 0:
+                        raise WorkerError(f"the engine has failed: {server.failure}")
+                    log.info("%s: finishing the live streams, for at most %g s", signal.Signals(number).name, grace_s)
                     run(server.drain(grace_s)).add_done_callback(lambda _: wake())
                     next_signal()
                 finally:  # the engine is closed after its loop
