@@ -73,6 +73,11 @@ class MeshExecutor:
         """Workers that have been lost since the start."""
         return self._crew.num_lost
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every place of the mesh has a worker that takes part."""
+        return self._crew.is_whole
+
     def execute(self, plan: StepPlan, patience_s: float | None = None) -> StepResult:
         if os.getpid() != self._process or self._closed:
             raise WorkerError("the workers have been ended, or belong to the process that this one was forked from")
