@@ -151,6 +151,8 @@ class Usage:
     """Arrival to the newest token, seconds."""
     num_reused_tokens: int = 0
     """Tokens of the prompt that were in the cache before: another request had left them there."""
+    queue_s: float = 0.0
+    """Arrival to a place among the sequences that run, seconds."""
     num_seen_tokens: int = 0
     """Tokens that the sequence has put into the cache, earlier turns included."""
     kept_last: float = 1.0

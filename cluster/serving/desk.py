@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from cluster.serving import logs
 from cluster.serving.access import Tokens
 from cluster.serving.limits import Accounts
+from cluster.serving.metrics import Metrics
 from cluster.serving.threads import RequestThreads
 from cluster.serving.visits import Visit
-from cluster.wire.statuses import IdleError
+from cluster.wire.statuses import IdleError, UnauthenticatedError
 from runtime.config import Config
 from runtime.engine.loop import EngineLoop
 from runtime.errors import InvalidRequestError, WorkerError
@@ -37,6 +38,7 @@ class Desk:
         self._accounts = Accounts(config.server.limits)
         self.num_refused = 0
         """Calls that were refused for what they asked."""
+        self.metrics = Metrics(lambda: self._opened)
         self._opened: tuple[Engine, EngineLoop] | None = None
         self._draining = False
         self._live: set[asyncio.Task[object]] = set()
@@ -60,6 +62,11 @@ class Desk:
         if loop.failed is not None:
             raise WorkerError(f"the engine has failed: {loop.failed}")
 
+    def refused(self, error: Exception) -> None:
+        """A call is refused for what it asks."""
+        self.num_refused += 1
+        self.metrics.refuse(error)
+
     @property
     def has_failed(self) -> bool:
         """Whether nothing will be answered any more."""
@@ -68,8 +75,12 @@ class Desk:
     @contextmanager
     def visit(self, door: str, method: str, authorization: str | None) -> Iterator[Visit]:
         """The current task is a call, which draining waits for. Raises UnauthenticatedError where a token is needed."""
-        caller = self.tokens.caller(authorization) if self.tokens is not None else None
-        visit = Visit(door, method, self._accounts.of(caller), caller)
+        try:
+            caller = self.tokens.caller(authorization) if self.tokens is not None else None
+        except UnauthenticatedError as error:
+            self.refused(error)
+            raise
+        visit = Visit(door, method, self._accounts.of(caller), self.metrics, caller)
         visit.texts = {} if self.config.server.log_prompts else None
         task = asyncio.current_task()
         assert task is not None
@@ -79,6 +90,7 @@ class Desk:
         finally:
             self._live.discard(task)
             logs.access(visit)
+            self.metrics.end(door, method, visit.status)
 
     def check_length(self, num_tokens: int) -> None:
         """Raise InvalidRequestError if a prompt has more tokens than one may have."""

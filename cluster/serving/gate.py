@@ -31,6 +31,7 @@ class Gate(grpc.aio.ServerInterceptor):
             try:
                 tokens.caller(authorization_of(handler_call_details.invocation_metadata))
             except UnauthenticatedError as error:
+                self._desk.refused(error)
                 return _refusing(error)
         return await continuation(handler_call_details)
 

@@ -84,7 +84,8 @@ class GenerationService:
                     visit.status = grpc.StatusCode.DEADLINE_EXCEEDED.name
                     await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the last token")
                 visit.status = status_of(error).name
-                self._desk.num_refused += isinstance(error, FieldError)
+                if isinstance(error, FieldError):
+                    self._desk.refused(error)
                 await calls.abort(context, error)
 
     async def _generate(self, message: bytes, context: grpc.aio.ServicerContext, visit: Visit) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from cluster.serving.access import Caller
 from cluster.serving.limits import Account
+from cluster.serving.metrics import Metrics
 from runtime.request import Request, StepOutput
 from runtime.tokenizer import Tokenizer
 
@@ -22,6 +23,7 @@ class Visit:
     method: str
     """The call's name, or the method and path; never what a client made up."""
     account: Account
+    metrics: Metrics
     caller: Caller | None = None
     """None: nobody needs a token."""
     visit_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -30,6 +32,8 @@ class Visit:
     """What client and engine call it, where it has got so far."""
     status: str = ""
     """A gRPC status or an HTTP one."""
+    _newest_s: dict[str, float] = field(default_factory=dict)
+    """When each answer's newest tokens came."""
     began_s: float = field(default_factory=time.perf_counter)
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
@@ -47,6 +51,7 @@ class Visit:
         num_tokens = sum(map(len, prompts))
         self.num_prompt_tokens += num_tokens
         self.account.spend(num_tokens)
+        self.metrics.admit(requests, num_tokens)
 
     def take(self, output: StepOutput, text: str) -> None:
         """A step has given it tokens, and this text became certain."""
@@ -56,6 +61,10 @@ class Visit:
         self.account.spend(len(output.token_ids))
         if self.ttft_s is None and output.token_ids:
             self.ttft_s = output.usage.ttft_s
+        now_s = time.perf_counter()
+        before_s = self._newest_s.get(output.request_id)
+        self._newest_s[output.request_id] = now_s
+        self.metrics.take(output, now_s - before_s if before_s is not None else None)
 
     @property
     def seconds(self) -> float:

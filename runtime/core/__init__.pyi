@@ -293,6 +293,10 @@ class CandidateTree:
     def credit(self, chosen: Sequence[int] | Int32, source: Source) -> int:
         """How many accepted tokens would have had no place in the tree without this source."""
 
+    def tally(self, chosen: Int32) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """(candidates, accepted ones) that each source has proposed, in the sources' order, and that stand at each
+        depth, from 1. What several sources propose counts for each."""
+
 def grow(trees: Sequence[tuple[CandidateTree, int]], num_rows: int, seconds: NDArray[np.float64]) -> float:
     """Grow trees, each to at most so many candidates, to where expected tokens per second are highest (planner.h).
 

@@ -581,6 +581,15 @@ class Engine:
         for phase, value in seconds.items():
             spent[phase] += value
 
+    @property
+    def cache_share(self) -> float:
+        """Of the tokens that all slots can keep, the share that running sequences and conversations keep now. Safe from
+        any thread."""
+        most = max(group.new().max_stored for group in self._scheduler.layer_groups)
+        held = [*self._scheduler.running.values(), *filter(None, list(self._scheduler.sessions.values()))]
+        kept = sum(min(sequence.num_cached, most) for sequence in {id(each): each for each in held}.values())
+        return kept / (most * self.config.scheduler.max_sequences)
+
     def cache_report(self) -> CacheReport:
         """What the KV cache takes on the most loaded worker."""
         config, spec = self.config, self.spec

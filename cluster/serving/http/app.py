@@ -19,8 +19,9 @@ from cluster.serving.desk import Desk, SlowReaderError
 from cluster.serving.http.answers import Choice, Envelope, event
 from cluster.serving.http.errors import HttpError, Refusal, refusal_of
 from cluster.serving.http.guard import Guard
+from cluster.serving.http.openapi import document
 from cluster.serving.http.reading import Asked, UnknownModelError, model_id, read_chat, read_completion
-from cluster.serving.http.replies import HEADERS, refused, reply
+from cluster.serving.http.replies import HEADERS, dump, refused, reply
 from cluster.serving.visits import Visit
 from runtime.errors import FieldError, WorkerError
 
@@ -64,11 +65,24 @@ def make_app(desk: Desk, num_connections: Callable[[], int]) -> ASGIApp:
         desk.check_taking()
         return reply({"status": "ready"})
 
+    described: dict[bool, bytes] = {}
+
+    async def description(_: Request) -> Response:
+        needs_token = desk.tokens is not None
+        if needs_token not in described:
+            described[needs_token] = dump(document(needs_token))
+        return Response(described[needs_token], headers=HEADERS, media_type="application/json")
+
+    async def metrics(_: Request) -> Response:
+        return Response(desk.metrics.text(), headers=HEADERS, media_type=desk.metrics.content_type)
+
     routes = [
         Route("/v1/chat/completions", _raw(chat), methods=["POST"]),
         Route("/v1/completions", _raw(completion), methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{model:path}", model),
+        Route("/openapi.json", description),
+        Route("/metrics", metrics),
         Route("/health", alive),
         Route("/ready", ready),
     ]
@@ -140,7 +154,8 @@ class Call:
         except (ClientDisconnect, SlowReaderError):
             self._visit.status = CLIENT_LEFT
         except Exception as error:
-            self._desk.num_refused += isinstance(error, FieldError | HttpError | UnknownModelError)
+            if isinstance(error, FieldError | HttpError | UnknownModelError):
+                self._desk.refused(error)
             await self._refuse(refusal_of(error))
 
     async def _answer(self, read: Read, content: bytes) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field, WithJsonSchema, create_model
 
 from cluster.serving.http.parts import Made, Part, optional
-from runtime.config import LookaheadConfig, SamplingParams
+from runtime.config import MOST_STOP_CHARACTERS, LookaheadConfig, SamplingParams
 
 C = TypeVar("C", bound="Common")
 
@@ -198,6 +198,19 @@ SHARED = ("n", "seed", "temperature", "top_p", "presence_penalty", "frequency_pe
 """Those that it has by the same name and meaning."""
 
 
+_STOP = {
+    "anyOf": [
+        {"type": "string", "minLength": 1, "maxLength": MOST_STOP_CHARACTERS},
+        {
+            "type": "array",
+            "items": {"type": "string", "minLength": 1, "maxLength": MOST_STOP_CHARACTERS},
+            "maxItems": 64,
+        },
+        {"type": "null"},
+    ]
+}
+
+
 class Common(Part):
     """What both kinds of calls have."""
 
@@ -213,7 +226,9 @@ class Common(Part):
     """Another name of max_tokens."""
     n: int | None = Field(default=None, ge=1, le=64)
     """Answers to each prompt."""
-    stop: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = Field(default=None, max_length=64)
+    stop: Annotated[tuple[str, ...] | None, BeforeValidator(_listed), WithJsonSchema(_STOP)] = Field(
+        default=None, max_length=64
+    )
     """Texts that end the answer, which does not include them."""
     temperature: float | None = Field(default=None, ge=0, le=100)
     """0 is greedy."""
