@@ -489,12 +489,62 @@ class SamplingParams(Section):
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
+class TlsConfig(Section):
+    cert: str | None = None
+    """PEM file of the server's certificate, those that vouch for it behind it. null: no TLS."""
+    key: str | None = None
+    """PEM file of its private key, without a password."""
+    client_ca: str | None = None
+    """PEM file of the authorities whose certificates clients must show (mutual TLS); null: they show none."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.cert is None) != (self.key is None):
+            missing = "key" if self.key is None else "cert"
+            raise ValueError(f"{missing}: is missing beside the other; give both, or neither")
+        if self.client_ca is not None and self.cert is None:
+            raise ValueError("client_ca: is for TLS; give cert and key, too")
+        return self
+
+
+class LimitsConfig(Section):
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    """Requests that one token may begin, on average; as many may come at once. null: no limit."""
+    concurrent_requests: int | None = Field(default=None, ge=1)
+    """Answers that one token may have running; null: no limit."""
+    tokens_per_minute: float | None = Field(default=None, gt=0)
+    """Tokens of prompts and answers that one token may use, on average; as many may come at once. null: no limit."""
+
+
 class ServerConfig(Section):
     host: str = Field(default="127.0.0.1", min_length=1)
-    """An address or a name of this machine. 0.0.0.0 and :: are all of its addresses, and take calls from other
-    machines: there is neither TLS nor authentication."""
+    """An address or a name of this machine. 0.0.0.0 and :: are all of its addresses. Where others can reach it, it
+    wants `tls`, or `insecure`."""
     port: int = Field(default=50051, ge=0, le=65535)
-    """0 lets the system choose; the chosen port is printed."""
+    """Of gRPC. 0 lets the system choose; the chosen port is printed."""
+    http_port: int | None = Field(default=8000, ge=0, le=65535)
+    """Of HTTP (docs/http.md). 0 lets the system choose; null: no HTTP."""
+    model_name: str | None = Field(default=None, min_length=1)
+    """What the model is called over HTTP; null: the last part of model.path."""
+    write_timeout_s: float = Field(default=60.0, gt=0)
+    """How long a client may leave unread what it was sent; then its request is withdrawn."""
+    tls: TlsConfig = TlsConfig()
+    """Encryption, of both doors."""
+    insecure: bool = False
+    """Take calls from other machines without TLS: whoever is in between reads prompts, answers and tokens."""
+    tokens_file: str | None = None
+    """File of the bearer tokens that callers may have, one a line (docs/security.md); those of OUTRIDER_TOKENS count,
+    too. Without any, whoever can reach the server may use it."""
+    limits: LimitsConfig = LimitsConfig()
+    """Of each token, where its line says nothing else; without tokens, of all callers together."""
+    log_format: Literal["text", "json"] = "text"
+    """Of the server's log: lines for people, or one JSON object a line."""
+    log_prompts: bool = False
+    """Write prompts and answers into the log."""
+    max_connections: int = Field(default=1024, ge=1)
+    """Open connections of each door."""
+    max_prompt_tokens: int = Field(default=1_000_000, ge=1)
+    """Of one request; the cache may hold fewer."""
     session_idle_timeout_s: float = Field(default=600.0, gt=0)
     """How long a conversation may hold its slot without a turn."""
     state_dir: str | None = Field(default=None, min_length=1)
@@ -502,6 +552,15 @@ class ServerConfig(Section):
     was started again; null keeps none. Whoever can read it can read what was said."""
     state_bytes: int = Field(default=1 << 30, ge=1 << 12)
     """Most bytes in server.state_dir, 4 for each token; beyond, the conversations left longest ago are forgotten."""
+    restarts: int = Field(default=10, ge=0)
+    """How often in a row, with growing pauses, `outrider serve` starts the server again when it ends unasked; 0: it
+    runs without a supervisor."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.http_port and self.http_port == self.port:
+            raise ValueError("http_port: is server.port, too; give each its own")
+        return self
 
     @field_validator("host")
     @classmethod

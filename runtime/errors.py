@@ -16,7 +16,7 @@ class FieldError(OutriderError):
     """One field has a value that cannot be used."""
 
     def __init__(self, field: str, value: Any, problem: str, remedy: str) -> None:
-        self.field, self.value, self.remedy = field, value, remedy
+        self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
         shown = repr(value)
         shown = shown if len(shown) <= 80 else f"{shown[:38]}...{shown[-39:]}"  # of a path, the end says most
         super().__init__(f"{field} = {shown}: {problem}. {remedy}")
@@ -48,6 +48,18 @@ class DeadlineError(OutriderError):
 
 class WorkerError(OutriderError):
     """The workers cannot be reached or have failed (UNAVAILABLE)."""
+
+
+class PeerError(WorkerError):
+    """Another rank has gone, or the mesh is being made anew without this one's doing: this rank itself is sound."""
+
+
+class CachesLostError(WorkerError):
+    """The workers are back, but what they had in their caches is not: sequences are to be read again."""
+
+
+class HarmfulRequestError(OutriderError):
+    """The request ends the workers whenever it runs, so it is not run again (ABORTED)."""
 
 
 class NumericsError(OutriderError):

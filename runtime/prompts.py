@@ -11,7 +11,7 @@ from pathlib import PurePath
 from typing import Any
 
 from runtime.errors import InvalidRequestError
-from runtime.request import Prompt
+from runtime.request import Prompt, ToolChat
 
 ROLES = ("system", "user", "assistant", "tool")
 _KINDS = "Hand in a text, a list of token ids, or a list of chat messages."
@@ -28,6 +28,8 @@ def as_prompts(given: Any) -> list[Prompt]:
 
 def as_prompt(given: Any, field: str = "prompt") -> Prompt:
     """One prompt: a text, a list of Python's numbers, or a list of messages. Raises InvalidRequestError."""
+    if isinstance(given, ToolChat):
+        return given
     value = _as_list(given, field)
     if isinstance(value, str) or value and isinstance(value[0], Mapping):
         return value
@@ -88,9 +90,11 @@ def _is_bool(item: Any) -> bool:
 
 
 def kind_of(prompt: Prompt) -> str:
-    """What `as_prompt` gave, by the name that it has on the wire: text, messages or token_ids."""
+    """What `as_prompt` gave, by the name that it has on the wire: text, messages or token_ids; or tool_chat."""
     if isinstance(prompt, str):
         return "text"
+    if isinstance(prompt, ToolChat):
+        return "tool_chat"
     return "messages" if prompt and isinstance(prompt[0], Mapping) else "token_ids"
 
 

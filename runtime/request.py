@@ -6,12 +6,26 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any
 
 from runtime.config import LookaheadConfig, SamplingParams
 from runtime.errors import OutriderError
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
-"""Text, token ids, or chat messages ({"role", "content"})."""
+
+@dataclass(frozen=True)
+class ToolChat:
+    """A conversation in which functions may be called, as chat templates take it, checked by whoever makes it."""
+
+    messages: Sequence[Mapping[str, Any]]
+    """Each has role and content; an assistant's may have tool_calls, whose arguments are mappings."""
+    tools: Sequence[Mapping[str, Any]]
+    """The functions, as JSON has them."""
+    opening: str = ""
+    """How the answer begins; it belongs to the prompt."""
+
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]] | ToolChat
+"""Text, token ids, or chat messages ({"role", "content"}), with tools beside them."""
 
 
 class FinishReason(StrEnum):
@@ -143,6 +157,8 @@ class Usage:
     """Arrival to the newest token, seconds."""
     num_reused_tokens: int = 0
     """Tokens of the prompt that were in the cache before: another request had left them there."""
+    queue_s: float = 0.0
+    """Arrival to a place among the sequences that run, seconds."""
     num_seen_tokens: int = 0
     """Tokens that the sequence has put into the cache, earlier turns included."""
     kept_last: float = 1.0

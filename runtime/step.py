@@ -113,6 +113,11 @@ MOST_MASK_WORDS = 1 << 13
 """Of one mask: 262,144 tokens."""
 
 
+def next_number(number: int) -> int:
+    """Of the step behind the one with this number; they begin anew when an int32 is full."""
+    return number % (2**31 - 1) + 1
+
+
 def _no_commits() -> Int32:
     return np.empty((0, len(Commit)), np.int32)
 
@@ -149,6 +154,9 @@ class StepPlan:
     biases: Int32 = field(default_factory=_no_biases)  # [B, len(Bias)]
     masks: Int32 = field(default_factory=_no_masks)  # [M, words]: bit t % 32 of word t / 32 set: token t may be chosen
     masked: Int32 = field(default_factory=_no_masked)  # [N, 2] rows, ascending, and the mask of each
+    number: int = 0
+    """Of all steps, from 1 (`next_number`): a rank that has done what a plan brings besides its rows does it no second
+    time. 0: the executor's to give."""
     top_k: int = 0
     """Likeliest tokens wanted of every row that chooses a token, besides the chosen one."""
     num_logprobs: int | None = None
@@ -205,9 +213,9 @@ class WireLayout:
     max_rows: int
     max_sequences: int
 
-    HEADER = 13
+    HEADER = 14
     """Words: how many the plan has in all; lines of rows, sequences, commits, resets, reuses, biases, masks and masked;
-    words of a mask; top_k, num_logprobs (-1: none), stop."""
+    words of a mask; number, top_k, num_logprobs (-1: none), stop."""
     RESULT_HEADER = 1
     """Words before the rows in a replica's result: the step's microseconds on this worker."""
 
@@ -246,7 +254,7 @@ class WireLayout:
         used = self.usual_length + sum(part.size for part in rare)
         assert used <= len(buffer), "biases and masks do not fit the wire layout"
         lengths = (*map(len, parts), *map(len, rare), plan.masks.shape[1])
-        buffer[: self.HEADER] = (used, *lengths, plan.top_k, num_logprobs, plan.stop)
+        buffer[: self.HEADER] = (used, *lengths, plan.number, plan.top_k, num_logprobs, plan.stop)
         for part, (start, room) in zip(parts, self._regions, strict=True):
             assert part.size <= room, f"{len(part)} lines do not fit the wire layout"
             if part.size:
@@ -258,12 +266,12 @@ class WireLayout:
 
     def decode(self, buffer: Int32) -> StepPlan:
         """The plan in `buffer`; its arrays are copies."""
-        _, *lengths, mask_words, top_k, num_logprobs, stop = buffer[: self.HEADER].tolist()
+        _, *lengths, mask_words, number, top_k, num_logprobs, stop = buffer[: self.HEADER].tolist()
         rows, sequences, commits, resets = (
             buffer[start : start + length * width].reshape(length, width).copy()
             for (start, _), length, width in zip(self._regions, lengths, _WIDTHS, strict=False)
         )
-        plan = StepPlan(rows, sequences, commits, resets.ravel(), top_k=top_k, stop=bool(stop))
+        plan = StepPlan(rows, sequences, commits, resets.ravel(), number=number, top_k=top_k, stop=bool(stop))
         plan.num_logprobs = None if num_logprobs < 0 else num_logprobs
         start = self.usual_length
         if any(lengths[4:]):

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from runtime.errors import ConfigError, InvalidRequestError
 from runtime.files import flaw, read_json
 from runtime.prompts import check_messages, check_unicode
+from runtime.request import ToolChat
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
 REPLACEMENT = "\ufffd"  # what decoders put for bytes that are not (yet) a character
@@ -105,6 +106,31 @@ class Tokenizer:
         rendered, encode = self._render(messages)
         return encode(rendered)
 
+    def encode_tool_chat(self, chat: ToolChat) -> list[int]:
+        """As `encode_chat`, of a conversation with tools. Raises InvalidRequestError, too, where the template does not
+        show tools."""
+        if chat.tools and not self.shows_tools:
+            problem, remedy = "the model's chat template does not show tools", "Leave them out, or take another model."
+            raise InvalidRequestError("tools", f"{len(chat.tools)} tools", problem, remedy)
+        rendered, encode = self._render(chat.messages, chat.tools, chat.opening)
+        return encode(rendered)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template's text, if there is one."""
+        template = self._tokenizer.chat_template
+        return template if isinstance(template, str | None) else None
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Whether the chat template shows the model what it may call."""
+        tool = {"name": "probe_of_tools", "description": "", "parameters": {"type": "object", "properties": {}}}
+        try:
+            shown = self._apply_template([{"role": "user", "content": "?"}], [{"type": "function", "function": tool}])
+        except InvalidRequestError:
+            return False
+        return "probe_of_tools" in shown
+
     def encode_turn(self, messages: Sequence[Mapping[str, str]], after: int | None) -> list[int]:
         """Ids that continue a conversation behind an assistant's answer: what the chat template puts between the end
         of that answer and the beginning of the next, with `messages` in between.
@@ -156,29 +182,33 @@ class Tokenizer:
         except InvalidRequestError:
             return self.encode("") or self._encode_rendered("\n")
 
-    def _render(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, Encode]:
-        """The conversation in the chat template, up to where the assistant's answer begins, and what encodes it."""
-        contents = [message["content"] for message in messages]
-        lowered = "\n".join(contents).lower()
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), opening: str = ""
+    ) -> tuple[str, Encode]:
+        """The conversation in the chat template, up to where the assistant's answer begins, and what encodes it.
+        `opening`: the template's own, behind it."""
+        lowered = "\n".join(_texts_of([messages, tools])).lower()
         if not any(spelling in lowered for spelling in self._lowered_specials):  # far quicker than the expression
-            return self._apply_template(messages), self._encode_rendered
+            return self._apply_template(messages, tools) + opening, self._encode_rendered
         # Names in contents are marked, those that are not are the template's own.
         mark = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in lowered)
-        marked = self._apply_template(self._with_names(messages, lambda name: name[0] + mark + name[1:]))
-        without = self._apply_template(self._with_names(messages, lambda name: "x" * len(name)))
+        both = [list(messages), list(tools)]
+        marked = self._apply_template(*self._with_names(both, lambda name: name[0] + mark + name[1:]))
+        without = self._apply_template(*self._with_names(both, lambda name: "x" * len(name)))
         own = self._special.findall(marked)
         if own != self._special.findall(without):
             problem = "a content spells a special token, and the chat template hides that it is the content's"
             raise InvalidRequestError("messages", list(messages), problem, "Leave the special token's name out.")
         guarded = self._guarded_encoder(messages)
-        return guarded.with_structure(self._special, marked).replace(mark, ""), guarded.encode
+        return guarded.with_structure(self._special, marked + opening).replace(mark, ""), guarded.encode
 
-    def _with_names(self, messages: Sequence[Mapping[str, str]], put: Callable[[str], str]) -> list[dict[str, str]]:
-        """The messages, what resembles a special token's name in their contents replaced."""
-        return [
-            {**message, "content": self._resembles_special.sub(lambda found: put(found[0]), message["content"])}
-            for message in messages
-        ]
+    def _with_names(self, value: Any, put: Callable[[str], str]) -> Any:
+        """A tree, what resembles a special token's name in its texts replaced."""
+        if isinstance(value, str):
+            return self._resembles_special.sub(lambda found: put(found[0]), value)
+        if isinstance(value, Mapping):
+            return {self._with_names(key, put): self._with_names(item, put) for key, item in value.items()}
+        return [self._with_names(item, put) for item in value] if isinstance(value, list | tuple) else value
 
     def _guarded_encoder(self, messages: Sequence[Mapping[str, str]]) -> _GuardedEncoder:
         if self._backend is None:
@@ -189,14 +219,17 @@ class Tokenizer:
                 self._guarded = _GuardedEncoder(self._backend.to_str())
         return self._guarded
 
-    def _apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def _apply_template(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         if self._tokenizer.chat_template is None:
             problem = "the model has no chat template"
             remedy = "Send plain text or token ids instead (on the command line: --raw)."
             raise InvalidRequestError("messages", list(messages), problem, remedy)
         try:
             rendered = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                add_generation_prompt=True,
+                tokenize=False,
             )
         except Exception as error:  # a template is the model's own program and may raise anything
             problem = f"the model's chat template refuses the conversation ({error})"
@@ -215,6 +248,29 @@ class Tokenizer:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for inside a text; of a special token its name; of an unknown id none."""
+        piece = self._tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < self.vocab_size else None
+        if piece is None:
+            return b""
+        if token_id in self._tokenizer.added_tokens_decoder:
+            return str(piece).encode()
+        if self._letters is not None:
+            letters = self._letters
+            return bytes(letters[letter] for letter in piece if letter in letters)
+        if found := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(found[1])
+        return str(piece).replace("\u2581", " ").encode()  # SentencePiece's space
+
+    @cached_property
+    def _letters(self) -> dict[str, int] | None:
+        """Of a vocabulary that is spelt in bytes: the byte behind each letter."""
+        if self._backend is None or '"ByteLevel"' not in json.dumps(json.loads(self._backend.to_str())["decoder"]):
+            return None
+        shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # these stand for themselves
+        hidden = [byte for byte in range(256) if byte not in shown]
+        return {chr(byte): byte for byte in shown} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
 
     def shows(self, token_id: int) -> bool:
         """Whether decode gives the id any text at all: special and unknown ids it leaves out."""
@@ -416,6 +472,15 @@ def _certain(text: str) -> str:
     """A text's beginning, without what may be an incomplete character: of up to three bytes, it shows as one to three
     replacement characters."""
     return text[: len(text) - min(len(text) - len(text.rstrip(REPLACEMENT)), 3)]
+
+
+def _texts_of(value: Any) -> list[str]:
+    """Every text in a tree of JSON, keys included."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    return [text for item in value for text in _texts_of(item)] if isinstance(value, list | tuple) else []
 
 
 def _is_row_of(parts: Collection[str], text: str) -> bool:

@@ -25,6 +25,7 @@ ROOMS = {
         "control",
         "conversation",
         "deadlines",
+        "chaos",
         "lossless",
         "roofline",
         "overhead",
@@ -41,6 +42,8 @@ NOT_BELOW_CLUSTER = {
     "google",
     "fastapi",
     "starlette",
+    "uvicorn",
+    "prometheus_client",
     "aiohttp",
     "flask",
 }

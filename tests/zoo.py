@@ -203,4 +203,4 @@ def run_tensor_parallel(rank: int, tp: int, directory: Path) -> None:
         found[place.name] = (decoder.vocab_range, decoder.heads, difference)
     (directory / f"found-{tp}-{rank}.pkl").write_bytes(pickle.dumps(found))
     group.barrier()
-    mesh.close()
+    mesh.leave()

@@ -23,7 +23,8 @@ from runtime.model.spec import ModelSpec
 from runtime.request import Request
 from runtime.tokenizer import Tokenizer
 from runtime.tuning.cost import CostCurve
-from runtime.workers.executor import Executor, LocalExecutor, MeshExecutor
+from runtime.workers.executor import Executor, LocalExecutor
+from runtime.workers.mesh_executor import MeshExecutor
 from runtime.workers.pool import ProcessPool
 
 PROMPT = 512

@@ -36,13 +36,13 @@ class Recorder:
     """Per step, rows whose keys and values other replicas copied."""
     result_words: list[int] = field(default_factory=list)
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, patience_s: float | None = None) -> StepResult:
         if plan.num_rows:
             self.parents.append(plan.rows[:, Row.PARENT].copy())
             self.replica_rows.append(np.array([len(plan.local_rows(replica)) for replica in range(self.lp)]))
             self.commit_rows.append(int((plan.commits[:, Commit.SOURCE] >= 0).sum()))
             self.result_words.append(self.layout.result_words(plan, self.lp))
-        return self.executor.execute(plan)
+        return self.executor.execute(plan, patience_s)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.executor, name)

@@ -6,10 +6,12 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from runtime.config import Config
 from runtime.errors import ConfigError
 from runtime.model.spec import ModelSpec
 from runtime.workers.pool import WORKER_ENVIRONMENT
+from runtime.workers.roster import Place
 
 STOP_GRACE_S = 5.0
 """How long workers that were told to stop may take before they are killed."""
@@ -39,15 +42,24 @@ OBJECT_STORE_BYTES = 128 * 2**20
 """Object store of a local Ray. Nothing but the actors' arguments passes through it."""
 
 
-class RayPool:
-    """Worker ranks as actors of the cluster that `ray.address` or RAY_ADDRESS names, else of a local Ray.
+@dataclass(frozen=True)
+class _Actor:
+    actor: Any
+    place: ray.ObjectRef
+    """MeshWorker.place"""
+    run: ray.ObjectRef
 
-    Raises ConfigError where the cluster cannot be reached, and from `start` where it has too little room.
+
+class RayPool:
+    """Workers as actors of the cluster that `ray.address` or RAY_ADDRESS names, else of a local Ray.
+
+    Raises ConfigError where the cluster cannot be reached, and from `open` where it has too little room.
     """
 
+    own_devices = True
+
     def __init__(self, config: Config) -> None:
-        self._actors: list[Any] = []
-        self._runs: list[ray.ObjectRef] = []  # run i is rank i + 1
+        self._workers: dict[int, _Actor] = {}
         self._groups: list[PlacementGroup] = []
         self._closed = False
         self._connected_before = ray.is_initialized()
@@ -67,27 +79,63 @@ class RayPool:
         self.host: str = "127.0.0.1" if self._local else ray.util.get_node_ip_address()
         """This machine's address, as the workers see it."""
 
-    def start(self, config: Config, spec: ModelSpec, host: str, port: int) -> None:
-        """Reserve every rank's place, then start the actors; returns while they load.
+    def open(self, config: Config, spec: ModelSpec) -> None:
+        """Reserve every worker's place.
 
         Raises ConfigError naming what is missing where the places cannot be had within `ray.startup_timeout_s`.
         """
         try:
-            config = _with_device(config)
-            self._reserve(config)
-            self._launch(config, spec, host, port)
+            self._config, self._spec = _with_device(config), spec
+            self._reserve(self._config)
         except BaseException:
             self.close()
             raise
+        if not self._local:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_of(self.host))
 
-    def failure(self) -> str | None:
-        """Why a rank has ended, the likeliest root cause first; None while all run."""
-        if not self._runs:
-            return None
-        done, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
-        causes = [f"rank {self._runs.index(ref) + 1}: {_cause(ref)}" for ref in done]
-        # A dead rank's peers fail too, with a broken connection: they are the consequence.
-        return min(causes, key=lambda cause: "onnection" in cause or "peer" in cause.lower(), default=None)
+    def start(self, place: Place) -> None:
+        """Where its bundle is; where the node of that has gone, the worker starts once Ray has found another."""
+        config, tp = self._config, self._config.parallel.tp
+        replica, shard = divmod(place.position, tp)
+        nodes = [placement_group_table(group)["bundles_to_node_id"] for group in self._groups]
+        workers_on = Counter(node for bundles in nodes for node in bundles.values())
+        node = nodes[replica].get(shard, "")
+        threads = config.parallel.threads_each(_cores(node), max(workers_on[node], 1))
+        resource, amount = _demand(config)
+        actor = (
+            ray.remote(MeshWorker)
+            .options(
+                num_cpus=amount if resource == "CPU" else 0,
+                num_gpus=amount if resource == "GPU" else 0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._groups[replica], placement_group_bundle_index=shard
+                ),
+                max_restarts=0,
+                runtime_env={} if self._local else {"env_vars": _environment(threads)},
+            )
+            .remote()
+        )
+        parallel = config.parallel.model_copy(update={"threads": threads})
+        where = actor.place.remote()
+        run = actor.run.remote(config.model_copy(update={"parallel": parallel}), self._spec, place, self._local)
+        self._workers[place.worker] = _Actor(actor, where, run)
+
+    def failures(self) -> dict[int, str]:
+        by_run = {worker.run: number for number, worker in self._workers.items()}
+        if not by_run:
+            return {}
+        done, _ = ray.wait(list(by_run), num_returns=len(by_run), timeout=0)
+        for run in done:
+            del self._workers[by_run[run]]
+        return {by_run[run]: _cause(run) for run in done}
+
+    def end(self, worker: int) -> None:
+        ended = self._workers.pop(worker)
+        ray.kill(ended.actor)
+        with suppress(RayError, OSError):  # a process that is stopped would keep its place for long
+            node, pid = ray.get(ended.place, timeout=0)
+            if node == ray.get_runtime_context().get_node_id():
+                os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
         """End the actors, give back their places, and end Ray where this pool started it. Idempotent."""
@@ -122,45 +170,17 @@ class RayPool:
             if not group.wait(max(deadline - time.monotonic(), 0.1)):
                 raise _shortfall(config, f"they were not free within {config.ray.startup_timeout_s:g} s")
 
-    def _launch(self, config: Config, spec: ModelSpec, host: str, port: int) -> None:
-        tp = config.parallel.tp
-        resource, amount = _demand(config)
-        nodes = [placement_group_table(group)["bundles_to_node_id"] for group in self._groups]
-        workers_on = Counter(node for bundles in nodes for node in bundles.values())
-        for rank in range(1, 1 + config.parallel.num_workers):
-            replica, shard = divmod(rank - 1, tp)
-            node = nodes[replica][shard]
-            threads = config.parallel.threads_each(_cores(node), workers_on[node])
-            strategy = PlacementGroupSchedulingStrategy(self._groups[replica], placement_group_bundle_index=shard)
-            actor = (
-                ray.remote(MeshWorker)
-                .options(
-                    num_cpus=amount if resource == "CPU" else 0,
-                    num_gpus=amount if resource == "GPU" else 0,
-                    scheduling_strategy=strategy,
-                    max_restarts=0,
-                    runtime_env={} if self._local else {"env_vars": _environment(threads)},
-                )
-                .remote()
-            )
-            parallel = config.parallel.model_copy(update={"threads": threads})
-            self._actors.append(actor)
-            self._runs.append(
-                actor.run.remote(config.model_copy(update={"parallel": parallel}), spec, rank, host, port, self._local)
-            )
-        if not self._local:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_of(host))
-
     def _end_actors(self) -> None:
         if not ray.is_initialized():
             return
         with suppress(Exception):  # a Ray that has fallen over holds no actors, and cannot say so
-            if self._runs and self.failure() is None:
-                ray.wait(self._runs, num_returns=len(self._runs), timeout=STOP_GRACE_S)
-            for actor in self._actors:
-                ray.kill(actor)
-            if self._runs:
-                ray.wait(self._runs, num_returns=len(self._runs), timeout=STOP_GRACE_S)
+            runs = [worker.run for worker in self._workers.values()]
+            if runs:
+                ray.wait(runs, num_returns=len(runs), timeout=STOP_GRACE_S)
+            for worker in self._workers.values():
+                ray.kill(worker.actor)
+            if runs:
+                ray.wait(runs, num_returns=len(runs), timeout=STOP_GRACE_S)
             for group in self._groups:
                 remove_placement_group(group)
 
@@ -168,17 +188,17 @@ class RayPool:
 class MeshWorker:
     """The actor: one rank in a process of its own."""
 
-    def pid(self) -> int:
-        """The process it runs in, on its node."""
-        return os.getpid()
+    def place(self) -> tuple[str, int]:
+        """The node's id, and that of the process there."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def run(self, config: Config, spec: ModelSpec, rank: int, host: str, port: int, local: bool) -> None:
-        """Be the rank until the coordinator says stop. A lasting call: its end tells the pool about failures."""
+    def run(self, config: Config, spec: ModelSpec, place: Place, local: bool) -> None:
+        """Be the worker until the coordinator says stop. A lasting call: its end tells the pool about failures."""
         if not local:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_of(ray.util.get_node_ip_address()))
         from runtime.workers.worker import serve
 
-        serve(config, spec, rank, host, port)
+        serve(config, spec, place)
 
 
 def _environment(threads: int) -> dict[str, str]:

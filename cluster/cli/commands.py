@@ -24,6 +24,8 @@ from cluster.cli.options import (
     PatienceOption,
     PriorityOption,
     SetOption,
+    TlsOption,
+    TokenOption,
     request_overrides,
     with_sampling,
 )
@@ -46,22 +48,30 @@ app = typer.Typer(
 
 @app.command()
 def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
-    """Answer gRPC calls until SIGINT or SIGTERM.
+    """Answer calls, over gRPC and HTTP, until SIGINT or SIGTERM.
 
-    A mesh of more than one worker runs on Ray: the cluster that ray.address or RAY_ADDRESS names, else a local one.
+    A mesh of more than one worker runs on Ray: the cluster that ray.address or RAY_ADDRESS names, else a local one. A
+    server that ends unasked is started again (server.restarts).
     """
-    import logging
     import os
 
+    from cluster.serving import supervisor
+
+    settings = Config.load(config, set_ or ())
+    if settings.server.restarts and not supervisor.is_supervised():
+        named = [("--config", config), *(("--set", setting) for setting in set_ or ())]
+        parts = [str(part) for name, value in named if value is not None for part in (name, value)]
+        command = [sys.executable, "-m", "cluster.cli", "serve", *parts]
+        raise typer.Exit(supervisor.supervise(command, settings.server.restarts))
     # Ray starts its processes beside gRPC's threads, but not by forking alone: gRPC has nothing to prepare, or to say.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from cluster.client.backends import open_engine
+    from cluster.serving import logs
     from cluster.serving.server import serve as serve_until_signal
 
-    settings = Config.load(config, set_ or ())
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logs.configure(settings.server)
     engine = open_engine(settings, prepare=True)  # when the port is had
-    serve_until_signal(settings, engine, lambda address: print(f"serving on {address}", flush=True))
+    serve_until_signal(settings, engine, lambda addresses: print(addresses, flush=True))
 
 
 @app.command()
@@ -69,6 +79,8 @@ def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
 def generate(
     prompt: Annotated[str, typer.Argument(help="The user's message (or raw text); - reads standard input.")],
     address: AddressOption = None,
+    token_file: TokenOption = None,
+    tls_ca: TlsOption = None,
     patience: PatienceOption = None,
     priority: PriorityOption = None,
     deadline: DeadlineOption = None,
@@ -98,7 +110,7 @@ def generate(
         raise ConfigError("--patience", patience, "is for a server's answers", "Name one with --address.")
     text = streams.read_text() if prompt == "-" else prompt
     message: Prompt = [{"role": "user", "content": text}] if chat else text
-    backend, defaults = _backend(address, config, set_ or (), lookahead, patience)
+    backend, defaults = _backend((address, token_file, tls_ca), config, set_ or (), lookahead, patience)
     with closing(backend):
         chunks = []
         stream = None
@@ -138,6 +150,8 @@ def generate(
 @with_sampling
 def chat(
     address: AddressOption = None,
+    token_file: TokenOption = None,
+    tls_ca: TlsOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message to begin with.")] = None,
@@ -163,7 +177,7 @@ def chat(
     if raw and system is not None:
         raise ConfigError("--system", system, "raw text has no system message", "Say it in the first line instead.")
     interactive = streams.require_input().isatty()
-    backend, defaults = _backend(address, config, set_ or (), lookahead)
+    backend, defaults = _backend((address, token_file, tls_ca), config, set_ or (), lookahead)
     with closing(backend):
         talk = chats.Chat(
             backend,
@@ -187,6 +201,8 @@ def run_batch(
         Path, typer.Argument(metavar="OUT.jsonl", help="One answer a line, in the same order; - is standard output.")
     ],
     address: AddressOption = None,
+    token_file: TokenOption = None,
+    tls_ca: TlsOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     lookahead: LookaheadOption = None,
@@ -237,7 +253,8 @@ def run_batch(
     totals = batch.Totals()
 
     def connect() -> tuple[Backend, dict[str, dict[str, Any]]]:
-        backend, defaults = _backend(address, config, set_ or (), lookahead, batch.away_patience_s(patience))
+        where = address, token_file, tls_ca
+        backend, defaults = _backend(where, config, set_ or (), lookahead, batch.away_patience_s(patience))
         return backend, {"sampling": defaults["sampling"] | sampling, "lookahead": defaults["lookahead"]}
 
     try:
@@ -338,7 +355,7 @@ def version() -> None:
 
 
 def _backend(
-    address: str | None,
+    where: tuple[str | None, Path | None, str | None],
     config: Path | None,
     settings: Sequence[str],
     lookahead: bool | None,
@@ -348,11 +365,18 @@ def _backend(
     server that went away."""
     from cluster.client import backends
 
+    address, token_file, tls_ca = where
+    if address is None and (token_file or tls_ca):
+        option = "--token-file" if token_file else "--tls-ca"
+        raise ConfigError(option, str(token_file or tls_ca), "is for a server", "Name one with --address.")
     if address is not None:
+        from cluster.client.access import read_token
+
         overrides = request_overrides(config, settings)
         if lookahead is not None:
             overrides["lookahead"]["enabled"] = lookahead
-        return backends.Remote(address, patience_s), overrides
+        token = read_token(token_file) if token_file is not None else None
+        return backends.Remote(address, token, tls_ca, patience_s), overrides
     if lookahead is not None:
         settings = [*settings, f"lookahead.enabled={str(lookahead).lower()}"]
     return backends.InProcess(Config.load(config, settings)), {"sampling": {}, "lookahead": {}}

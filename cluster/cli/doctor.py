@@ -276,7 +276,7 @@ def _ray_local() -> str:
     workers = pool.RayPool(Config.from_dict({"ray": {"address": "local"}}))
     try:
         actor = ray.remote(pool.MeshWorker).remote()
-        process = ray.get(actor.pid.remote(), timeout=60)
+        _, process = ray.get(actor.place.remote(), timeout=60)
         if process == os.getpid():
             raise RuntimeError("the actor runs in this process")
         return f"started, and an actor answered, in {time.perf_counter() - started:.1f} s"

@@ -46,6 +46,19 @@ DeadlineOption = Annotated[
         show_default="none",
     ),
 ]
+TokenOption = Annotated[
+    Path | None,
+    typer.Option("--token-file", help="With --address: file of the token.", show_default="OUTRIDER_TOKEN"),
+]
+TlsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tls-ca",
+        metavar="FILE",
+        help="With --address: PEM file of the server's authority, or system; the connection is TLS.",
+        show_default="OUTRIDER_TLS_CA",
+    ),
+]
 LookaheadOption = Annotated[
     bool | None, typer.Option("--lookahead/--no-lookahead", help="Shorthand for lookahead.enabled.")
 ]

@@ -54,6 +54,10 @@ ENVIRONMENT = """\
 
 | variable | meaning |
 |---|---|
+| `OUTRIDER_TOKENS` | Of a server: tokens of callers, commas in between ([Security](security.md#tokens)). |
+| `OUTRIDER_TOKEN` | Of a client: its token. |
+| `OUTRIDER_TLS_CA` | Of a client: PEM file of the server's authority, or `system`; the connection is TLS. |
+| `OUTRIDER_TLS_CERT`, `OUTRIDER_TLS_KEY` | Of a client: PEM files of its own certificate and key. |
 | `OUTRIDER_CACHE` | Where what is made once is kept; else `outrider/` in `XDG_CACHE_HOME`, or in `~/.cache`. |
 | `CXX` | The C++ compiler; else the first of `g++`, `clang++` and `c++` that is there. |
 | `RAY_ADDRESS`, `RAY_AUTH_MODE` | As Ray documents them. `ray.address` comes first. |
@@ -99,10 +103,7 @@ def section_of(field: FieldInfo) -> type[Section] | None:
 def _section(name: str, kind: Any) -> str:
     assert issubclass(kind, Section)
     note = " ".join((kind.__doc__ or "").split()) if kind.__doc__ != Section.__doc__ else ""
-    rows = [
-        f"| `{name}.{key}` | {_type(field)} | {_default(kind, key, field)} | {_meaning(field)} |"
-        for key, field in kind.model_fields.items()
-    ]
+    rows = _rows(name, kind)
     head = [
         f"## {name}",
         "",
@@ -111,6 +112,18 @@ def _section(name: str, kind: Any) -> str:
         "|---|---|---|---|",
     ]
     return "\n".join([*head, *rows, ""])
+
+
+def _rows(name: str, kind: type[Section]) -> list[str]:
+    """A line for each key, those of sections inside by their whole path."""
+    rows: list[str] = []
+    for key, field in kind.model_fields.items():
+        inside = section_of(field)
+        if inside is not None:
+            rows += _rows(f"{name}.{key}", inside)
+            continue
+        rows.append(f"| `{name}.{key}` | {_type(field)} | {_default(kind, key, field)} | {_meaning(field)} |")
+    return rows
 
 
 def _type(field: FieldInfo) -> str:

@@ -250,10 +250,13 @@ class LocalConversation:
 class Remote:
     """A server's GenerationService."""
 
-    def __init__(self, address: str, patience_s: float | None = None) -> None:
+    def __init__(
+        self, address: str, token: str | None = None, tls_ca: str | None = None, patience_s: float | None = None
+    ) -> None:
         """`patience_s`: how long an answer that is broken off is waited for, if not as `Client` does by itself."""
         patience = Patience() if patience_s is None else Patience(NO_LIMIT, patience_s)
-        self._client = Client(address, patience.retries, patience.seconds)
+        retries, patience_s = patience.retries, patience.seconds
+        self._client = Client(address, token=token, tls_ca=tls_ca, retries=retries, patience_s=patience_s)
 
     def stream(
         self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any], **urgency: Any

@@ -13,6 +13,7 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cluster.client.access import Access
 from cluster.client.address import channel_options, checked
 from cluster.client.conversation import Conversation
 from cluster.client.resuming import Patience, Resumption
@@ -128,12 +129,27 @@ class Stream(Iterator[Chunk]):
 class Client:
     """One connection; calls may come from any number of threads at once."""
 
-    def __init__(self, address: str, retries: int = Patience.retries, patience_s: float = Patience.seconds) -> None:
-        """`address` is HOST:PORT. An answer that is broken off is resumed, by at most so many tries in a row, for at
-        most `patience_s` seconds without a sign of it; 0 of either: its break is an error. Raises ConfigError."""
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        tls_ca: str | None = None,
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
+        insecure: bool = False,
+        retries: int = Patience.retries,
+        patience_s: float = Patience.seconds,
+    ) -> None:
+        """`address` is HOST:PORT. What is left out of `token` and PEM files is taken from the environment
+        (cluster.client.access.Access). An answer that is broken off is resumed, by at most so many tries in a row, for
+        at most `patience_s` seconds without a sign of it; 0 of either: its break is an error. Raises ConfigError for
+        what cannot be used."""
         self.address = checked(address)
         self._patience = Patience(retries, patience_s)
         self._reached = threading.Event()  # whether a server has answered here
+        given = {"token": token, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key}
+        access = Access.of(given, insecure)
         limits = [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -145,7 +161,7 @@ class Client:
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.http2.max_pings_without_data", 0),
         ]
-        self._channel = grpc.insecure_channel(self.address, options=[*limits, *channel_options(self.address)])
+        self._channel = access.channel(self.address, [*limits, *channel_options(self.address)])
         self._generation = pb_grpc.GenerationServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._closed = False

@@ -33,7 +33,11 @@ def own_server(settings: Sequence[str] = (), config: Path | None = None) -> Iter
     What it says of its start is passed on to standard error. Raises WorkerError where it does not start.
     """
     command = [sys.executable, "-m", "cluster.cli", "serve", *(("--config", str(config)) if config else ())]
-    command += [part for setting in [*settings, "server.port=0"] for part in ("--set", setting)]
+    command += [
+        part
+        for setting in ["server.http_port=null", "server.restarts=0", *settings, "server.port=0"]
+        for part in ("--set", setting)
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:

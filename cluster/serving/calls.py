@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from dataclasses import replace
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack
 from typing import NoReturn
 
 import grpc
 
-from cluster.wire.statuses import status_of
+from cluster.serving import logs
+from cluster.serving.visits import Visit
+from cluster.wire.statuses import status_of, told
 from runtime.engine.loop import EngineLoop
-from runtime.request import FinishReason, Request, StepOutput, forks
+from runtime.errors import WorkerError
+from runtime.request import FinishReason, Request, StepOutput
 from runtime.stops import AnswerText
 from runtime.tokenizer import Tokenizer
 
@@ -22,50 +25,85 @@ log = logging.getLogger(__name__)
 async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
     """End the call with the status of `error`; a defect is logged."""
     code = status_of(error)
-    text = str(error)
+    text = told(error)
     if code is grpc.StatusCode.INTERNAL:
-        log.error("a request failed", exc_info=error)
-        text = f"internal error ({type(error).__name__}: {error}); the server's log has the details"
+        logs.defect(log, error)
+        text = f"internal error ({type(error).__name__}); the server's log says where"
     await context.abort(code, text)
     raise AssertionError("abort raises")
 
 
-async def answer(loop: EngineLoop, tokenizer: Tokenizer, request: Request) -> AsyncGenerator[tuple[StepOutput, str]]:
-    """Run a request: each step's output, of each of its answers, and the text that became certain with it.
+class Running:
+    """Requests that run, from `with` on: iterated over, each step's output of each, and the text that became certain
+    with it. Leaving the `with` withdraws what still runs.
 
-    Raises what `EngineLoop.submit` raises, NumericsError if the model gives no numbers, and WorkerError if the workers
-    fail meanwhile; that the request was cancelled is an output like others. Leaving early (close the iterator)
-    withdraws the request.
+    Entering raises LimitError, and what `EngineLoop.submit` raises, and then none of them runs. Iterating raises
+    NumericsError if the model gives no numbers, and WorkerError if the workers fail, or if the server shuts down
+    meanwhile, unless `may_be_cancelled`: then that a request was cancelled is an output like others.
     """
-    events = asyncio.get_running_loop()
-    # At most max_new_tokens outputs ever wait here for each answer, so a slow reader holds up nobody but itself.
-    outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
-    live: set[str] = set()
 
-    def on_output(output: StepOutput) -> None:
+    def __init__(
+        self,
+        loop: EngineLoop,
+        tokenizer: Tokenizer,
+        requests: Sequence[Request],
+        visit: Visit,
+        may_be_cancelled: bool = False,
+    ) -> None:
+        """`requests`: each is for one answer (runtime.request.forks)."""
+        self._loop, self._tokenizer, self._requests, self._visit = loop, tokenizer, requests, visit
+        self._within = ExitStack()
+        self._may_be_cancelled = may_be_cancelled
+        self._events = asyncio.get_running_loop()
+        # At most max_new_tokens outputs ever wait here for each answer, so a slow reader holds up nobody but itself.
+        self._outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
+        self._live: set[str] = set()
+        self._texts: dict[str, AnswerText] = {}
+
+    def __enter__(self) -> AsyncIterator[tuple[StepOutput, str]]:
+        self._within.enter_context(self._visit.account.request(len(self._requests)))
+        try:
+            for request in self._requests:
+                self._live.add(request.request_id)
+                try:
+                    self._loop.submit(request, self._on_output)
+                except BaseException:
+                    self._live.discard(request.request_id)
+                    raise
+        except BaseException:
+            self._withdraw()
+            raise
+        self._visit.admit(self._requests, self._tokenizer)
+        return self._read()
+
+    def __exit__(self, *_: object) -> None:
+        self._withdraw()
+
+    def _withdraw(self) -> None:
+        self._within.close()
+        for request_id in list(self._live):  # the others' ids may be of other requests by now
+            self._loop.cancel(request_id)
+
+    def _on_output(self, output: StepOutput) -> None:
         if output.finish_reason is not None:
-            live.discard(output.request_id)
-        events.call_soon_threadsafe(outputs.put_nowait, output)
+            self._live.discard(output.request_id)
+        self._events.call_soon_threadsafe(self._outputs.put_nowait, output)
 
-    requests = forks(request)
-    try:
-        for each in requests:
-            live.add(each.request_id)
-            try:
-                loop.submit(each, on_output)
-            except BaseException:
-                live.discard(each.request_id)
-                raise
-        texts = [AnswerText(tokenizer, each.prompt_ids, each.sampling, each.resume_from) for each in requests]
-        shown_of = {each.index: text for each, text in zip(requests, texts, strict=True)}
-        num_unfinished = len(requests)
+    async def _read(self) -> AsyncIterator[tuple[StepOutput, str]]:
+        texts = {
+            each.request_id: AnswerText(self._tokenizer, each.prompt_ids, each.sampling, each.resume_from)
+            for each in self._requests
+        }
+        num_unfinished = len(texts)
         while num_unfinished:
-            output = await outputs.get()
+            output = await self._outputs.get()
             if output.finish_reason is FinishReason.ERROR:
                 assert output.failure is not None
                 raise output.failure
+            if output.finish_reason is FinishReason.CANCELLED and not self._may_be_cancelled:
+                # A client that cancels does not get here; this is `GenerationServer.stop`.
+                raise WorkerError("the server shut down before the text had ended")
             num_unfinished -= output.finish_reason is not None
-            yield replace(output, request_id=request.request_id), shown_of[output.index].push(output)
-    finally:
-        for request_id in list(live):  # the others' ids may be of other requests by now
-            loop.cancel(request_id)
+            text = texts[output.request_id].push(output)
+            self._visit.take(output, text)
+            yield output, text

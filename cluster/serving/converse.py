@@ -7,26 +7,22 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import AsyncIterable
-from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import grpc
 
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.serving import calls
-from cluster.serving.state import SessionLog, SessionStore, TurnRecord, past_of
-from cluster.serving.threads import RequestThreads
+from cluster.serving.desk import Desk
+from cluster.serving.state import SessionLog, TurnRecord, past_of
+from cluster.serving.visits import Visit
 from cluster.wire import answers, requests
 from cluster.wire.answers import cache_is_full
 from cluster.wire.statuses import KEPT, IdleError, LostSessionError
-from runtime.engine.loop import EngineLoop
 from runtime.engine.session import Session
 from runtime.errors import InvalidRequestError, ResourceExhaustedError, WorkerError
 from runtime.request import FinishReason, Request, StepOutput, Usage
-
-if TYPE_CHECKING:
-    from runtime.engine.engine import Engine  # which compiles when it is imported for the first time
 
 VANISHED_S = 0.05
 """A connection that breaks ends a stream of requests as closing it does; that it broke is heard a moment later."""
@@ -49,20 +45,13 @@ class _Turn:
 class Conversation:
     """One call of Converse. Two tasks share it: one reads, so that a stop gets through, the other answers."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        loop: EngineLoop,
-        threads: RequestThreads,
-        context: grpc.aio.ServicerContext,
-        store: SessionStore | None = None,
-    ) -> None:
-        """`store`: where conversations are kept that outlive their call."""
-        self._store, self._log = store, cast(SessionLog | None, None)
+    def __init__(self, desk: Desk, context: grpc.aio.ServicerContext, visit: Visit) -> None:
+        self._desk, self._threads, self._context, self._visit = desk, desk.threads, context, visit
+        self._store, self._log = desk.store, cast(SessionLog | None, None)
         self._text_length = 0  # tokens of the conversation, after the last turn
         self._has_written = False
-        self._engine, self._loop, self._threads, self._context = engine, loop, threads, context
-        self._idle_timeout_s = engine.config.server.session_idle_timeout_s
+        self._engine, self._loop = desk.opened
+        self._idle_timeout_s = self._engine.config.server.session_idle_timeout_s
         self._session: Session | None = None
         self._num_turns = 0
         self._unanswered: deque[_Turn] = deque()  # oldest first; the running one included
@@ -137,7 +126,9 @@ class Conversation:
         await self._say_kept()
 
     async def _say_kept(self) -> None:
-        if self._log is not None and self._log.is_good and self._session is not None:
+        assert self._session is not None
+        self._visit.request_id = self._session.session_id
+        if self._log is not None and self._log.is_good:
             await self._context.send_initial_metadata(((KEPT, self._session.session_id.encode()),))
 
     def _take(self, message: pb.ConverseRequest) -> None:
@@ -171,6 +162,7 @@ class Conversation:
     async def _answer(self, turn: _Turn) -> None:
         assert self._session is not None
         request = await self._threads.run(turn.message.ByteSize(), self._make_request, turn)
+        self._desk.check_length(len(request.prompt_ids))
         if turn.stopped:
             usage = Usage(
                 kept_last=self._usage.kept_last,
@@ -182,7 +174,9 @@ class Conversation:
             return
         turn.request_id = request.request_id
         answer, seen_before = list(request.resume_from), self._session.num_seen_tokens
-        async with aclosing(calls.answer(self._loop, self._engine.tokenizer, request)) as outputs:
+        with calls.Running(
+            self._loop, self._engine.tokenizer, [request], self._visit, may_be_cancelled=True
+        ) as outputs:
             async for output, text in outputs:
                 self._usage = output.usage
                 self._session.take(output)

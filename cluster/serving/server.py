@@ -1,37 +1,33 @@
-"""The gRPC server: GenerationService on an engine loop, with standard health and reflection."""
+"""The server: its doors, gRPC (with standard health and reflection) and HTTP, on one event loop and one engine."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import errno
 import gc
 import logging
 import signal
 import socket
 import threading
-import time
-from collections.abc import AsyncIterable, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, aclosing, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.pb.outrider.v1 import generation_pb2 as pb
-from cluster.serving import calls
-from cluster.serving.converse import Conversation
+from cluster.serving import access, supervisor
+from cluster.serving.desk import Desk
+from cluster.serving.gate import Gate
+from cluster.serving.generation import SERVICE_NAME, GenerationService
+from cluster.serving.http.door import HttpDoor
+from cluster.serving.ports import ANOTHER_PORT, check_free, shown
 from cluster.serving.state import SessionStore
-from cluster.serving.threads import RequestThreads
-from cluster.wire import answers, requests
-from cluster.wire.server_info import server_info
-from cluster.wire.statuses import TAKEN
 from runtime.config import Config
 from runtime.engine.loop import EngineLoop
-from runtime.errors import ConfigError, FieldError, WorkerError
-from runtime.request import FinishReason, Request
+from runtime.errors import ConfigError, WorkerError
 
 if TYPE_CHECKING:
     from runtime.engine.engine import Engine  # which compiles when it is imported for the first time
@@ -40,12 +36,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 MAX_MESSAGE_BYTES = 16 * 2**20
 DRAIN_GRACE_S = 30.0
 """How long live streams may go on after a signal to stop."""
-
-ANOTHER_PORT = "Choose a free one; 0 lets the system choose."
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -61,181 +54,111 @@ _OPTIONS = [
 ]
 
 
-class GenerationService:
-    """Text in, text out; everything between is the loop's. Messages come as bytes, since gRPC has no status for what
-    it cannot read itself."""
-
-    def __init__(self) -> None:
-        self._threads = RequestThreads()
-        self._opened: tuple[Engine, EngineLoop] | None = None
-        self._store: SessionStore | None = None
-        self._num_refused = 0
-        self._draining = False
-        self._live: set[asyncio.Task[object]] = set()
-        self._conversations: set[Conversation] = set()
-
-    def open(self, engine: Engine, loop: EngineLoop, store: SessionStore | None = None) -> None:
-        """Take calls from now on. `store`: where conversations are kept that outlive their call."""
-        self._opened, self._store = (engine, loop), store
-
-    def handler(self) -> grpc.GenericRpcHandler:
-        """The service's methods, as a server wants them."""
-        write, write_turn = pb.GenerateResponse.SerializeToString, pb.ConverseResponse.SerializeToString
-        write_info = pb.GetServerInfoResponse.SerializeToString
-        methods = {
-            "Generate": grpc.unary_stream_rpc_method_handler(self.Generate, response_serializer=write),
-            "Converse": grpc.stream_stream_rpc_method_handler(self.Converse, response_serializer=write_turn),
-            "GetServerInfo": grpc.unary_unary_rpc_method_handler(self.GetServerInfo, response_serializer=write_info),
-        }
-        return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
-
-    async def Generate(self, message: bytes, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        await self._carry_out(self._generate(message, context), context)
-
-    async def Converse(self, messages: AsyncIterable[bytes], context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        await self._carry_out(self._converse(messages, context), context)
-
-    async def GetServerInfo(  # noqa: N802
-        self, message: bytes, context: grpc.aio.ServicerContext
-    ) -> pb.GetServerInfoResponse:
-        try:
-            requests.parse(pb.GetServerInfoRequest, message)
-            return server_info(*self._engine_and_loop(), self._num_refused)
-        except Exception as error:
-            await calls.abort(context, error)
-
-    async def drain(self, grace_s: float) -> None:
-        """Refuse new requests and turns, and wait, at most `grace_s` seconds, until the streams have ended."""
-        self._draining = True
-        for conversation in self._conversations:
-            conversation.drain()
-        if self._live:
-            await asyncio.wait(self._live, timeout=grace_s)
-
-    def close(self) -> None:
-        self._threads.close()
-
-    async def _carry_out(self, call: Coroutine[Any, Any, None], context: grpc.aio.ServicerContext) -> None:
-        """Await a call's work within its deadline, and end it with a status if it fails."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._live.add(task)
-        task.add_done_callback(self._live.discard)
-        try:
-            async with asyncio.timeout(context.time_remaining()) as deadline:
-                await call
-        except Exception as error:
-            if deadline.expired():
-                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the last token")
-            self._num_refused += isinstance(error, FieldError)
-            await calls.abort(context, error)
-
-    async def _generate(self, message: bytes, context: grpc.aio.ServicerContext) -> None:
-        arrival_s = time.perf_counter()
-        self._refuse_while_draining()
-        engine, loop = self._engine_and_loop()
-        request = await self._threads.run(len(message), _read, message, engine)
-        request = dataclasses.replace(request, arrival_s=arrival_s)
-        await context.send_initial_metadata(((TAKEN, "1"),))
-        key = request.run_key
-        async with aclosing(calls.answer(loop, engine.tokenizer, request)) as outputs:
-            async for output, text in outputs:
-                if output.finish_reason is FinishReason.CANCELLED:
-                    # A client that cancels does not get here; this is `GenerationServer.stop`.
-                    raise WorkerError("the server shut down before the text had ended")
-                await context.write(answers.response(output, text, key))
-                key = ""  # it is told once
-
-    async def _converse(self, messages: AsyncIterable[bytes], context: grpc.aio.ServicerContext) -> None:
-        self._refuse_while_draining()
-        conversation = Conversation(*self._engine_and_loop(), self._threads, context, self._store)
-        self._conversations.add(conversation)
-        try:
-            await conversation.run(messages)
-        finally:
-            self._conversations.discard(conversation)
-
-    def _refuse_while_draining(self) -> None:
-        if self._draining:
-            raise WorkerError("the server is shutting down")
-
-    def _engine_and_loop(self) -> tuple[Engine, EngineLoop]:
-        if self._opened is None:
-            raise WorkerError("the model is still being loaded")
-        return self._opened
+LIVENESS = "liveness"
+"""Name under which a health check asks whether the process is well, though it may still be loading; under any other,
+whether it takes requests."""
 
 
-def _read(message: bytes, engine: Engine) -> Request:
-    request = requests.parse(pb.GenerateRequest, message)
-    prompt, request_id = requests.read_prompt(request), requests.read_id(request, "request_id")
-    sampling = requests.read_sampling(request, engine.config.sampling)
-    lookahead = requests.read_lookahead(request, engine.config.lookahead)
-    so_far, key = requests.read_so_far(request), request.resume_key if request.HasField("resume_key") else None
-    urgency = requests.read_urgency(request)
-    return engine.make_request(prompt, sampling, lookahead, request_id, so_far=so_far, run_key=key, **urgency)
+@dataclass(frozen=True)
+class Addresses:
+    """Where the doors are, as HOST:PORT."""
+
+    grpc: str
+    http: str | None
+    """None: there is no such door."""
+
+    @property
+    def settings(self) -> list[str]:
+        """What to add to a command line for the same ports again."""
+        doors = {"server.port": self.grpc, "server.http_port": self.http}
+        known = {key: address.rpartition(":")[2] for key, address in doors.items() if address is not None}
+        return [part for key, port in known.items() for part in ("--set", f"{key}={port}")]
+
+    def __str__(self) -> str:
+        return f"serving on {self.grpc}" + (f"\nhttp on {self.http}" if self.http is not None else "")
 
 
 class GenerationServer:
-    """The services and their port. `start`, `open` once there is an engine, then `drain` if streams should end by
+    """The services and their ports. `start`, `open` once there is an engine, then `drain` if streams should end by
     themselves, then `stop`."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._loop: EngineLoop | None = None
-        self._store: SessionStore | None = None
-        self._service = GenerationService()
+        self._desk = Desk(config)
+        self._service = GenerationService(self._desk)
+        self._http = HttpDoor(self._desk) if config.server.http_port is not None else None
         self._health = health.aio.HealthServicer()
+        self._grpc: grpc.aio.Server | None = None
 
-    async def start(self) -> str:
-        """Listen, and say to health checks that nothing is served yet; returns the address, HOST:PORT.
+    async def start(self) -> Addresses:
+        """Listen, and say to health checks that nothing is served yet.
 
-        Raises ConfigError if host or port cannot be had.
+        Raises ConfigError if the host or a port cannot be had, if tokens or certificates cannot be read, or if others
+        can reach it and there is no TLS.
         """
-        host, port = self._config.server.host, self._config.server.port
+        settings = self._config.server
+        host, port = settings.host, settings.port
+        access.check_reach(self._config)
+        certificates = access.read_certificates(settings)
+        self._desk.tokens = access.read_tokens(settings)
         check_free(host, port)
-        host = f"[{host}]" if ":" in host else host
-        self._grpc = grpc.aio.server(options=_OPTIONS)
+        http = await self._http.start(certificates) if self._http is not None else None
+        limits = [("grpc.max_allowed_incoming_connections", settings.max_connections)]
+        self._grpc = grpc.aio.server(options=[*_OPTIONS, *limits], interceptors=[Gate(self._desk)])
         try:
-            port = self._grpc.add_insecure_port(f"{host}:{port}")
+            port = _bind(self._grpc, shown(host, port), certificates)
         except RuntimeError as error:
-            raise ConfigError("server.port", port, f"{host}:{port} cannot be bound ({error})", ANOTHER_PORT) from error
+            problem = f"{shown(host, port)} cannot be bound ({error})"
+            raise ConfigError("server.port", port, problem, ANOTHER_PORT) from error
         self._grpc.add_generic_rpc_handlers((self._service.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self._grpc.start()
-        return f"{host}:{port}"
+        return Addresses(shown(host, port), http)
 
-    async def open(self, engine: Engine) -> None:
-        """Serve this engine, which stays the caller's to close."""
+    async def open(self, engine: Engine, on_failure: Callable[[], None] = lambda: None) -> None:
+        """Serve this engine, which stays the caller's to close. `on_failure` is called when it can answer no more."""
         events = asyncio.get_running_loop()
         settings = self._config.server
         if settings.state_dir is not None:
             where = settings.state_dir, settings.state_bytes
-            self._store = await asyncio.to_thread(SessionStore, *where, engine.identity)
+            self._desk.store = await asyncio.to_thread(SessionStore, *where, engine.identity)
         gc.freeze()  # what is here stays: looking through it for garbage would hold up a step for milliseconds
-        self._loop = EngineLoop(
-            engine, on_failure=lambda _: asyncio.run_coroutine_threadsafe(self._not_serving(), events)
-        )
-        self._service.open(engine, self._loop, self._store)
+
+        def failed(_: Exception) -> None:
+            asyncio.run_coroutine_threadsafe(self._not_serving(), events)
+            on_failure()
+
+        self._loop = EngineLoop(engine, on_failure=failed)
+        self._desk.open(engine, self._loop)
         await self._say(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self, grace_s: float = DRAIN_GRACE_S) -> None:
         """Take no more requests, say so to health checks, and let live streams end, for at most `grace_s` seconds."""
         await self._not_serving()
-        await self._service.drain(grace_s)
+        self._service.drain()
+        await self._desk.drain(grace_s)
 
     async def stop(self) -> None:
-        """End what is still live with UNAVAILABLE, and close the port."""
+        """End what is still live with UNAVAILABLE, and close the ports."""
         await self._not_serving()
         if self._loop is not None:
             await asyncio.to_thread(self._loop.close)
         # The loop has told every stream; the grace is for the last words to reach the clients.
-        await self._grpc.stop(grace=2.0)
-        self._service.close()
-        if self._store is not None:
-            self._store.close()
+        if self._http is not None:
+            await self._http.stop(grace_s=2.0)
+        if self._grpc is not None:
+            await self._grpc.stop(grace=2.0)
+        self._desk.close()
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why the engine can answer no more."""
+        return self._loop.failed if self._loop is not None else None
 
     async def _say(self, status: Any) -> None:
         for name in ("", SERVICE_NAME):
@@ -245,62 +168,45 @@ class GenerationServer:
         await self._health.enter_graceful_shutdown()
 
 
-def check_free(host: str, port: int) -> None:
-    """Raise ConfigError naming server.host or server.port, whichever is to blame, if one could not listen there.
-
-    gRPC does not say why it cannot, and is content with one of a name's several addresses.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        remedy = "Give an address or a name of this machine, or 0.0.0.0 or :: for all of its addresses."
-        raise ConfigError("server.host", host, f"cannot be resolved ({error})", remedy) from error
-    num_had, refused = 0, None
-    for family, kind, protocol, _, address in found:
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind(address)
-                probe.listen(1)
-            num_had += 1
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise ConfigError("server.port", port, f"is taken at {address[0]}", ANOTHER_PORT) from error
-            if error.errno in (errno.EACCES, errno.EPERM):
-                problem = "is a port that only privileged programs may listen at"
-                raise ConfigError("server.port", port, problem, "Choose one from 1024 on, or 0.") from error
-            refused = error  # a name may have an address of a kind that this machine does not use
-    if not num_had:
-        problem, remedy = f"is no address that this machine can listen at ({refused})", "Give one of its addresses."
-        raise ConfigError("server.host", host, problem, remedy)
+def _bind(server: grpc.aio.Server, address: str, certificates: access.Certificates | None) -> int:
+    """Listen at an address; the port."""
+    if certificates is None:
+        return int(server.add_insecure_port(address))
+    credentials = grpc.ssl_server_credentials(
+        [(certificates.key, certificates.cert)],
+        root_certificates=certificates.client_ca,
+        require_client_auth=certificates.client_ca is not None,
+    )
+    return int(server.add_secure_port(address, credentials))
 
 
 def serve(
     config: Config,
     engine: AbstractContextManager[Engine],
-    announce: Callable[[str], None] | None = None,
+    announce: Callable[[Addresses], None] | None = None,
     grace_s: float = DRAIN_GRACE_S,
 ) -> None:
     """Listen, open the engine, and serve it until SIGINT or SIGTERM; then drain. A second signal ends the draining.
 
-    `announce` gets the address, HOST:PORT, once calls are taken; before, health checks are answered NOT_SERVING. Must
-    run in the main thread, which owns signals. Raises ConfigError, before the engine is opened, if the port cannot be
-    had.
+    `announce` gets the addresses once calls are taken; before, health checks are answered NOT_SERVING. Must run in the
+    main thread, which owns signals. Raises ConfigError, before the engine is opened, if a port cannot be had;
+    WorkerError where the engine fails so that it can answer no more.
     """
     with _events() as run:
         server = GenerationServer(config)
-        address = run(server.start()).result()
         try:
+            addresses = run(server.start()).result()
             with engine as opened, _caught() as (next_signal, wake):
                 try:
-                    run(server.open(opened)).result()
-                    log.info("serving on %s", address)
+                    run(server.open(opened, on_failure=wake)).result()
+                    log.info("%s", str(addresses).replace("\n", ", "))
                     if announce is not None:
-                        announce(address)
-                    name = signal.Signals(next_signal()).name
-                    log.info("%s: finishing the live streams, for at most %g s", name, grace_s)
+                        announce(addresses)
+                    supervisor.serving(addresses.settings)
+                    number = next_signal()
+                    if number == 0:
+                        raise WorkerError(f"the engine has failed: {server.failure}")
+                    log.info("%s: finishing the live streams, for at most %g s", signal.Signals(number).name, grace_s)
                     run(server.drain(grace_s)).add_done_callback(lambda _: wake())
                     next_signal()
                 finally:  # the engine is closed after its loop

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import grpc
 
 from runtime.errors import (
     DeadlineError,
     DuplicateRequestError,
     FieldError,
+    HarmfulRequestError,
     NumericsError,
     OutriderError,
     ResourceExhaustedError,
@@ -26,9 +29,11 @@ _MEANINGS = {
     grpc.StatusCode.DEADLINE_EXCEEDED: "the answer took longer than the time allowed",
     grpc.StatusCode.UNAVAILABLE: "the server cannot be reached, or cannot serve now",
     grpc.StatusCode.CANCELLED: "the call was cancelled",
+    grpc.StatusCode.ABORTED: "the request ends the server's workers",
     grpc.StatusCode.DATA_LOSS: "the server's model failed",
     grpc.StatusCode.NOT_FOUND: "the conversation is lost",
     grpc.StatusCode.UNIMPLEMENTED: "there is another kind of server",
+    grpc.StatusCode.UNAUTHENTICATED: "the server wants a token that it knows",
 }
 
 
@@ -45,8 +50,25 @@ class LostSessionError(OutriderError):
     """A session that is asked for is not there, or not as far as its client has it (NOT_FOUND)."""
 
 
+class UnauthenticatedError(OutriderError):
+    """The call has no token, or one that is not known here (UNAUTHENTICATED)."""
+
+
 class IdleError(OutriderError):
     """A conversation held its slot for too long without a turn (DEADLINE_EXCEEDED)."""
+
+
+_CLIENTS_TEXT = re.compile(
+    r"prompt|text|body|token_ids|messages(\[\d+\])?(\.content)?|sampling\.(json_schema|regex|choice|grammar|stop)"
+)
+"""Fields whose values are what a client has written."""
+
+
+def told(error: Exception) -> str:
+    """An error in words, as they are sent: without what of a prompt is in it, since they may come into others' logs."""
+    if isinstance(error, FieldError) and _CLIENTS_TEXT.fullmatch(error.field):
+        return f"{error.field}: {error.problem}. {error.remedy}"
+    return str(error)
 
 
 def status_of(error: Exception) -> grpc.StatusCode:
@@ -62,8 +84,12 @@ def status_of(error: Exception) -> grpc.StatusCode:
             return grpc.StatusCode.NOT_FOUND
         case IdleError() | DeadlineError():
             return grpc.StatusCode.DEADLINE_EXCEEDED
+        case UnauthenticatedError():
+            return grpc.StatusCode.UNAUTHENTICATED
         case NumericsError():
             return grpc.StatusCode.DATA_LOSS
+        case HarmfulRequestError():
+            return grpc.StatusCode.ABORTED
         case WorkerError():
             return grpc.StatusCode.UNAVAILABLE
     return grpc.StatusCode.INTERNAL

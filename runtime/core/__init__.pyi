@@ -82,6 +82,13 @@ class History:
     def first(self, count: int) -> History:
         """That of a sequence whose text begins with this one's first `count` tokens, of at most MOST_TEXT."""
 
+    def state(self) -> Ints:
+        """All of it, for another rank to have with `restored`."""
+
+    @staticmethod
+    def restored(state: Sequence[int]) -> History:
+        """One with this state. Raises ValueError."""
+
     def at(self, rows: Int32, row: int) -> tuple[Int32, Int32]:
         """Each token of the text that ends in this row of a plan, and how often the answer has it; 0: the prompt alone
         has it. [n], [n]"""
@@ -285,6 +292,10 @@ class CandidateTree:
 
     def credit(self, chosen: Sequence[int] | Int32, source: Source) -> int:
         """How many accepted tokens would have had no place in the tree without this source."""
+
+    def tally(self, chosen: Int32) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """(candidates, accepted ones) that each source has proposed, in the sources' order, and that stand at each
+        depth, from 1. What several sources propose counts for each."""
 
 def grow(trees: Sequence[tuple[CandidateTree, int]], num_rows: int, seconds: NDArray[np.float64]) -> float:
     """Grow trees, each to at most so many candidates, to where expected tokens per second are highest (planner.h).
@@ -494,6 +505,12 @@ class Retention:
 
     def reset(self) -> None:
         """Forget the sequence."""
+
+    def state(self) -> Ints:
+        """All that decides what comes next, for another rank to `restore`."""
+
+    def restore(self, state: Sequence[int]) -> None:
+        """Stand for the sequence with this state. Raises ValueError where it is none, or needs more room."""
 
     def commit(self, tokens: Sequence[int] | NDArray[np.integer]) -> Compaction | None:
         """Store the next tokens of the sequence; returns what that changes about those stored."""

@@ -277,7 +277,14 @@ inline void bind_guessing(nb::module_& module) {
             [](CandidateTree& tree, const Int32s& chosen, const Source& source) {
                 return tree.credit(span_of(chosen), source.features);
             },
-            nb::arg("chosen"), nb::arg("source"));
+            nb::arg("chosen"), nb::arg("source"))
+        .def(
+            "tally",
+            [](const CandidateTree& tree, const Int32s& chosen) {
+                const auto counts = tree.tally(span_of(chosen));
+                return std::pair(counts.by_source, counts.by_depth);
+            },
+            nb::arg("chosen"));
 }
 
 }  // namespace outrider

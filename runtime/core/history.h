@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <span>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -42,6 +43,31 @@ class History {
         History begun;
         begun.commit({text_.data(), static_cast<size_t>(count)});
         return begun;
+    }
+
+    // All of it, for another rank to `restore`: length, where the answer begins, how many tokens have counts; these; their
+    // counts; the text.
+    std::vector<int64_t> state() const {
+        std::vector<int64_t> words{length_, output_start_, std::ssize(counts_.tokens)};
+        for (const auto* part : {&counts_.tokens, &counts_.counts}) words.insert(words.end(), part->begin(), part->end());
+        words.insert(words.end(), text_.begin(), text_.end());
+        return words;
+    }
+
+    static History restored(std::span<const int64_t> words) {
+        if (words.size() < 3 || words[2] < 0 || 3 + 2 * words[2] > std::ssize(words))
+            throw std::invalid_argument("no state of a history");
+        const size_t known = words[2];
+        History found;
+        found.length_ = words[0];
+        found.output_start_ = words[1];
+        for (size_t i = 0; i < known; ++i) {
+            found.places_.insert(static_cast<int>(words[3 + i]), static_cast<int>(i));
+            found.counts_.tokens.push_back(static_cast<int32_t>(words[3 + i]));
+            found.counts_.counts.push_back(static_cast<int32_t>(words[3 + known + i]));
+        }
+        for (const int64_t token : words.subspan(3 + 2 * known)) found.text_.push_back(static_cast<int>(token));
+        return found;
     }
 
     // Of the text that ends in row `row` of the plan `rows` [T, ROW_COLUMNS]: the committed tokens, the row's ancestors and

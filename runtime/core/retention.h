@@ -65,6 +65,30 @@ class Retention {
         return compact_after(std::ssize(tokens));
     }
 
+    // All that decides what comes next, for another rank to `restore`: length, anchors in front, then position and whether it
+    // is anchored of each token stored.
+    Longs state() const {
+        Longs words{length, num_in_front()};
+        for (size_t i = 0; i < positions.size(); ++i) {
+            words.push_back(positions[i]);
+            words.push_back(anchored[i]);
+        }
+        return words;
+    }
+
+    void restore(const Longs& words) {
+        if (words.size() < 2 || words.size() % 2 || words[0] < std::ssize(words) / 2 - 1 ||
+            std::ssize(words) / 2 - 1 > max_stored)
+            throw std::invalid_argument("no state of a retention with this room");
+        reset();
+        length = words[0];
+        for (size_t i = 2; i < words.size(); i += 2) {
+            positions.push_back(words[i]);
+            anchored.push_back(words[i + 1] != 0);
+        }
+        restored(words[1]);
+    }
+
     // Make room for a turn of so many tokens, where the policy evicts per turn.
     virtual std::optional<Compaction> begin_turn(int64_t /*num_coming*/) { return {}; }
 
@@ -87,6 +111,12 @@ class Retention {
     virtual void num_seen(std::span<const int> tokens, Longs& counts) const = 0;
 
    protected:
+    // Stored tokens, the first ones, that an earlier compaction has put there
+    virtual int64_t num_in_front() const { return 0; }
+
+    // The tokens stored are another's, of which so many stand in front.
+    virtual void restored(int64_t /*num_in_front*/) {}
+
     // What is to change now that the last `num_new` tokens have been stored
     virtual std::optional<Compaction> compact_after(int64_t num_new) = 0;
 
@@ -166,6 +196,11 @@ class Sliding : public Retention {
     }
 
    protected:
+    void restored(int64_t) override {
+        for (int64_t i = 0; window && i < num_stored(); ++i)
+            if (anchored[i]) anchors_.push_back(positions[i]);
+    }
+
     std::optional<Compaction> compact_after(int64_t num_new) override {
         if (!window) return {};
         for (int64_t i = num_stored() - num_new; i < num_stored(); ++i)
@@ -230,6 +265,9 @@ class Compacting : public Retention {
     }
 
    protected:
+    int64_t num_in_front() const override { return num_anchors_; }
+    void restored(int64_t num_in_front) override { num_anchors_ = num_in_front; }
+
     std::optional<Compaction> compact_after(int64_t) override {
         if (num_stored() > max_stored) throw std::logic_error("more tokens stored than there is room for");
         if (per_turn_ || num_stored() < max_stored) return {};

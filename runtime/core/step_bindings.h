@@ -97,6 +97,8 @@ inline void bind_retention(nb::module_& module) {
         .def_prop_ro("horizon", &Retention::horizon)
         .def_prop_ro("num_slot_anchors", &Retention::num_slot_anchors)
         .def("reset", &Retention::reset)
+        .def("state", [](const Retention& retained) { return copied(retained.state()); })
+        .def("restore", &Retention::restore, nb::arg("state"))
         .def("commit", [](Retention& retained, const Tokens& tokens) { return retained.commit(tokens); }, nb::arg("tokens"))
         .def("begin_turn", &Retention::begin_turn, nb::arg("num_coming"))
         .def(
@@ -160,6 +162,8 @@ inline void bind_history(nb::module_& module) {
         .def_prop_ro("length", &History::length)
         .def("begin", &History::begin, nb::arg("output_start"))
         .def("first", &History::first, nb::arg("count"))
+        .def("state", [](const History& history) { return copied(history.state()); })
+        .def_static("restored", [](const Longs& words) { return History::restored(words); }, nb::arg("state"))
         .def("commit", [](History& history, const Tokens& tokens) { history.commit(tokens); }, nb::arg("tokens"))
         .def(
             "at",

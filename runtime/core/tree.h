@@ -126,6 +126,33 @@ class CandidateTree {
         return count;
     }
 
+    // Of the tree's candidates, and of the accepted ones: how many each source has proposed, in the sources' order, and
+    // how many stand at each depth, from 1. What several sources propose counts for each.
+    struct Tally {
+        std::vector<std::pair<int, int>> by_source, by_depth;
+    };
+
+    Tally tally(std::span<const int> chosen) const {
+        Tally counts;
+        counts.by_source.resize(sources_.size());
+        const auto path = decided(chosen);
+        auto next = path.begin() + 1;
+        for (int node = 1; node <= num_candidates(); ++node) {
+            const bool is_accepted = next != path.end() && *next == node;
+            next += is_accepted;
+            const auto count = [is_accepted](std::pair<int, int>& pair) { pair.first++, pair.second += is_accepted; };
+            if (const auto depth = static_cast<size_t>(nodes_[node].depth); counts.by_depth.size() < depth)
+                counts.by_depth.resize(depth);
+            count(counts.by_depth[nodes_[node].depth - 1]);
+            int newest = -1;  // a source's lists stand together, and it counts once
+            for (const ProposalList& list : nodes_[nodes_[node].parent].lists.in(proposals_.lists))
+                for (const Proposal& proposal : proposals_.of(list))
+                    if (proposal.token == rows->tokens[row_of(node)] && newest != source_of(list))
+                        count(counts.by_source[newest = source_of(list)]);
+        }
+        return counts;
+    }
+
    private:
     // The current token, or a candidate, and what may follow it. Node 0 is the root; candidates follow in row order.
     struct Node {
@@ -151,6 +178,14 @@ class CandidateTree {
     };
 
     double calibrated(double probability) const { return judge_->acceptance->calibration(probability); }
+
+    // Which source a list is of, by its features
+    int source_of(const ProposalList& list) const {
+        int index = 0;
+        const auto has = [&](const Extent& features) { return features.first <= list.absent && list.absent < features.last; };
+        while (index + 1 < static_cast<int>(sources_.size()) && !has(sources_[index]->features)) ++index;
+        return index;
+    }
 
     int row_of(int node) const { return node == 0 ? rows->root : first_row + node - 1; }
 

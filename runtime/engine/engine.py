@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import time
@@ -24,9 +25,19 @@ from runtime.engine.grammar import Grammar, Grammars
 from runtime.engine.logprobs import PromptLogprobs
 from runtime.engine.scheduler import TOP_K, Part, Scheduler, Step
 from runtime.engine.session import Session
+from runtime.engine.suspects import Suspects
 from runtime.engine.turn import Turn
-from runtime.errors import ConfigError, InvalidRequestError, NumericsError, WorkerError
+from runtime.errors import (
+    CachesLostError,
+    ConfigError,
+    HarmfulRequestError,
+    InvalidRequestError,
+    NumericsError,
+    WorkerError,
+)
 from runtime.lookahead.knowledge import Knowledge
+from runtime.lookahead.sequence import Sequence as Running
+from runtime.mesh.device import pick_device
 from runtime.model.directory import checked_model, for_model
 from runtime.model.shard import HeadShard
 from runtime.model.spec import ModelSpec
@@ -41,6 +52,7 @@ from runtime.request import (
     Request,
     StepOutput,
     TokenLogprobs,
+    ToolChat,
     forks,
 )
 from runtime.retention import with_separator_ids
@@ -49,11 +61,21 @@ from runtime.stops import AnswerText, StopWatch
 from runtime.tokenizer import Tokenizer
 from runtime.tuning import choose, cost, priming
 from runtime.tuning.cost import CostCurve, Measurement, RunningCost
-from runtime.workers.executor import Executor, LocalExecutor, MeshExecutor, WorkerPool
+from runtime.workers.executor import Executor, LocalExecutor
+from runtime.workers.mesh_executor import MeshExecutor
 from runtime.workers.pool import ProcessPool
+from runtime.workers.roster import WorkerPool
+
+log = logging.getLogger(__name__)
 
 MEASURE_AGAIN_S = 300.0
 """How long a measurement that other programs disturbed is left alone."""
+PATIENCE = 20.0
+"""How many times as long as expected a step may take, beyond this, before ranks that do not answer are given up:"""
+UNTIMED_S = 2.0
+"""What a step may take where none has been measured."""
+LEAST_PATIENCE_S = {"cpu": 5.0, "cuda": 120.0}
+"""Kernels for GPUs are compiled, and graphs recorded, in the first steps that want them."""
 LONGEST_ASIDE_S = 0.25
 """Most that a request should have to wait for a step that is timed aside."""
 NO_NUMBERS = (
@@ -100,6 +122,7 @@ class Engine:
         self._measure_after = 0.0  # time.monotonic()
         self.capacity = self._scheduler.capacity
         """Tokens one slot keeps; under policy full, prompt and output together."""
+        self._suspects = Suspects()
         self._aborted: set[str] = set()
         self._ids = itertools.count()
         self._turn = Turn()
@@ -108,6 +131,9 @@ class Engine:
         """What has come for each request of `generate` and `stream`, and is not read yet."""
         self._process = os.getpid()
         self._closed = False
+        self._is_timed = False  # the cost curve's seconds are such
+        self._least_patience_s = LEAST_PATIENCE_S[pick_device(config, 0).type]
+        self._scheduler.num_replicas = executor.num_replicas
 
     @classmethod
     def from_config(
@@ -182,8 +208,14 @@ class Engine:
             self._measuring = measurement, measurement.steps()
         measurement, steps = self._measuring
         self._scheduler.forget_texts()
-        if next(steps, steps) is None:
-            return True
+        try:
+            if next(steps, steps) is None:
+                return True
+        except CachesLostError as error:
+            self._caches_lost(error)
+            return False
+        finally:
+            self._scheduler.num_replicas = self.executor.num_replicas
         self._measuring = None
         curve = measurement.curve
         if measurement.spread > cost.STEADY or len(curve.rows) < 2:
@@ -197,6 +229,7 @@ class Engine:
     def use_curve(self, curve: CostCurve) -> None:
         """Plan by this cost of a step."""
         self._scheduler.cost = RunningCost(curve, self.config.scheduler.max_rows)
+        self._is_timed = True
 
     @property
     def cost(self) -> RunningCost:
@@ -241,6 +274,9 @@ class Engine:
             messages: Sequence[Mapping[str, str]] = prompt  # type: ignore[assignment]
             after = session.last_token if session is not None else None
             ids = self.tokenizer.encode_turn(messages, after) if goes_on else self.tokenizer.encode_chat(messages)
+            sampling = self._ended_by_turn(sampling)
+        elif isinstance(prompt, ToolChat):
+            ids = self.tokenizer.encode_tool_chat(prompt)
             sampling = self._ended_by_turn(sampling)
         else:
             ids = list(prompt)  # type: ignore[arg-type]
@@ -433,29 +469,60 @@ class Engine:
         for request in self._scheduler.admit():
             usage = self._scheduler.unread(request)
             outputs.append(StepOutput(request.request_id, (), usage, FinishReason.LENGTH, index=request.index))
-        step = self._scheduler.plan()
+        running = {sequence.request.request_id for sequence in self._scheduler.running.values()}
+        step = self._scheduler.plan(alone=self._suspects.among(running) if self._suspects else None)
         if step is None:
             return outputs
         planned = time.perf_counter()
-        result = self.executor.execute(step.plan)
+        try:
+            result = self.executor.execute(step.plan, self._patience_s(step.plan.num_rows))
+        except CachesLostError as error:
+            return outputs + self._caches_lost(error, [part.sequence for part in step.parts])
+        finally:
+            self._scheduler.num_replicas = self.executor.num_replicas
         executed = time.perf_counter()
         outputs += self._verify(step, result, executed)
         ended = time.perf_counter()
         self._account(step.plan, result.seconds, plan=planned - started, verify=ended - executed)
-        num_rows, seconds = step.plan.num_rows, ended - started
+        num_rows = step.plan.num_rows
+        taken = planned - started + sum(result.seconds.values()) + ended - executed  # without a fault's pause
         if step.is_decoding:
-            self._scheduler.cost.observe(num_rows, seconds)
+            self._scheduler.cost.observe(num_rows, taken)
             curve, num_sequences = self._scheduler.cost.seconds, len(step.parts)
             num_tokens = sum(len(output.token_ids) for output in outputs)
             alone = float(curve[-(-num_rows // num_sequences)] / curve[num_rows])
-            self._scheduler.pace.observe(seconds, num_tokens, num_sequences, alone)
+            self._scheduler.pace.observe(taken, num_tokens, num_sequences, alone)
         elif num_rows > 2 * len(step.parts):
-            self._scheduler.pace.observe_reading(seconds, num_rows)
+            self._scheduler.pace.observe_reading(taken, num_rows)
         return outputs
 
+    def _patience_s(self, num_rows: int) -> float:
+        """How long a step of so many rows may take before ranks that do not answer are given up."""
+        expected_s = self._scheduler.cost.seconds[num_rows] if self._is_timed else UNTIMED_S
+        return self._least_patience_s + PATIENCE * expected_s
+
+    def _caches_lost(self, error: CachesLostError, sequences: Sequence[Running] = ()) -> list[StepOutput]:
+        """Nobody has what was cached: it is read again. Nothing that was emitted is lost, or emitted twice. The request
+        that is to blame, if it is known to be one of those whose step it was, is failed."""
+        log.warning("%d requests are read again: %s", self.num_running, error)
+        self.read_again()
+        guilty = self._suspects.accuse([sequence.request.request_id for sequence in sequences]) if sequences else None
+        if guilty is None:
+            return []
+        ((request, usage),) = self._scheduler.drop([guilty])
+        failure = HarmfulRequestError("the request has ended the workers, and again when it had them alone")
+        log.error("request %s: %s", guilty, failure)
+        return [StepOutput(guilty, (), usage, FinishReason.ERROR, index=request.index, failure=failure)]
+
     def heartbeat(self) -> None:
-        """Keep idle ranks from running into a collective's time-out; call every few seconds without work."""
-        self.executor.execute(StepPlan.empty())
+        """Keep idle ranks from running into a collective's time-out, and have those that have come join; call every few
+        seconds without work."""
+        try:
+            self.executor.execute(StepPlan.empty(), self._least_patience_s)
+        except CachesLostError as error:
+            self._caches_lost(error)
+        finally:
+            self._scheduler.num_replicas = self.executor.num_replicas
 
     def _drop_aborted(self) -> list[StepOutput]:
         dropped = self._scheduler.drop(self._aborted)
@@ -469,6 +536,8 @@ class Engine:
             sequence = part.sequence
             rows = slice(part.start, part.start + len(part.rows))
             emitted, reason = sequence.accept(chosen[rows], result.top[rows], now_s)
+            if emitted and self._suspects:
+                self._suspects.acquit(sequence.request.request_id)
             failure: Exception | None = NumericsError(NO_NUMBERS) if reason is FinishReason.ERROR else None
             grammar = sequence.constraint
             if isinstance(grammar, Grammar):
@@ -532,6 +601,15 @@ class Engine:
         spent["verify"] += verify
         for phase, value in seconds.items():
             spent[phase] += value
+
+    @property
+    def cache_share(self) -> float:
+        """Of the tokens that all slots can keep, the share that running sequences and conversations keep now. Safe from
+        any thread."""
+        most = max(group.new().max_stored for group in self._scheduler.layer_groups)
+        held = [*self._scheduler.running.values(), *filter(None, list(self._scheduler.sessions.values()))]
+        kept = sum(min(sequence.num_cached, most) for sequence in {id(each): each for each in held}.values())
+        return kept / (most * self.config.scheduler.max_sequences)
 
     def cache_report(self) -> CacheReport:
         """What the KV cache takes on the most loaded worker."""

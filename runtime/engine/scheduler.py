@@ -86,6 +86,8 @@ class Scheduler:
         self._reuses = config.scheduler.prefix_reuse and keeps_all and pick_device(config, 0).type == "cpu"
         self._lines: dict[int, tuple[Request, Int32]] = {}  # by slot: the parameters of what runs there
         self._commits: dict[int, Int32] = {}  # by slot, what the next plan commits: [C, len(Commit)]
+        self.num_replicas = config.parallel.lp
+        """That share the rows of the next step, and of one whose results are being taken in."""
 
     def add(self, request: Request) -> None:
         """Queue a request; whether it may come is Admission's to say."""
@@ -265,14 +267,17 @@ class Scheduler:
         """What is to be read before the request, the first turn since its conversation was taken up again."""
         return self._pasts.get(request.session_id) if request.session_id is not None else None
 
-    def plan(self) -> Step | None:
-        """The next step: every running sequence's rows, in slot order. None if there are none.
+    def plan(self, alone: str | None = None) -> Step | None:
+        """The next step: every running sequence's rows, in slot order, or those of one request `alone`. None if there
+        are none.
 
         Each sequence's first uncached token has its row before anything else; then prompts take up to
         half the step while others decode, all of it otherwise; guesses share the rest evenly. Prompts are read by
         priority, then deadline; where some would miss theirs at their present pace, the others do not guess.
         """
         sequences = [self.running[slot] for slot in sorted(self.running)]
+        if alone is not None:
+            sequences = [sequence for sequence in sequences if sequence.request.request_id == alone]
         if not sequences:
             return None
         max_rows = self.config.scheduler.max_rows
@@ -318,7 +323,7 @@ class Scheduler:
         for sequence, step in zip(sequences, steps, strict=True):
             parts.append(Part(sequence, step.rows, num_rows))
             num_rows += len(step.rows)
-        num_replicas = self.config.parallel.lp
+        num_replicas = self.num_replicas
         if trees and num_replicas > 1 and not self.cost.shares[num_rows]:
             num_replicas = 1
         plan = self._assemble(parts, num_replicas)
@@ -361,8 +366,7 @@ class Scheduler:
         The owner of the last accepted row has run all its ancestors, so it is the source of them all;
         nobody copies what every replica has run.
         """
-        rows, num_replicas = step.plan.rows, self.config.parallel.lp
-        lines = core.commit_lines(rows, part.start, part.sequence.commit_rows, num_replicas)
+        lines = core.commit_lines(step.plan.rows, part.start, part.sequence.commit_rows, self.num_replicas)
         self._commits[part.sequence.slot] = lines
 
     def _parameters(self, sequences: list[Sequence]) -> Int32:

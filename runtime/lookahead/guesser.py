@@ -54,6 +54,7 @@ class Guesser:
 
         `before`: the tokens before the step's first row.
         """
+        self.knowledge.tally.add(self.config.sources, *tree.tally(chosen))
         if self._jacobi is not None and self.config.planner:
             self.knowledge.windows.observe(tree.credit(chosen, self._jacobi), tree.margin)
         tree.learn(chosen)

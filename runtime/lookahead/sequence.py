@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections import deque
 from collections.abc import Collection
@@ -96,6 +97,7 @@ class Sequence:
         self.text += request.prompt_ids
         self.output_start = self._num_forgotten + len(self.text)
         """Position of the answer's first token."""
+        self.usage = replace(self.usage, queue_s=max(0.0, time.perf_counter() - request.arrival_s))
         num_new = len(request.prompt_ids)
         if renewed:
             lookahead = request.lookahead
@@ -308,6 +310,7 @@ class Sequence:
             kept_sum=ledger.kept_sum,
             num_reused_tokens=usage.num_reused_tokens,
             num_resumed_tokens=usage.num_resumed_tokens,
+            queue_s=usage.queue_s,
         )
 
     def _forget(self) -> None:

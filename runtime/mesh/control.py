@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from runtime.errors import WorkerError
+from runtime.errors import PeerError
 from runtime.mesh.group import COLLECTIVE_TIMEOUT_S, Group
 from runtime.mesh.shared_memory import HEADER, is_alive, library, shared_file
 from runtime.step import Int32
@@ -26,12 +26,14 @@ CELL = 64
 """Bytes between two words that ranks wait for, so that no two share a cache line."""
 LOOKS, LOOKS_ALONE = 20, 4000
 """How often a rank looks at a word before it sleeps: where every rank may have a core of its own, for some 100 us."""
+NEVER = 1 << 30
+"""Added to a number: one that nobody waits for."""
 FIRST_LOOK_US, LAST_LOOK_US = 10_000, 160_000
 """How long a rank waits before it looks whether the others are alive, first and, where they are, ever longer."""
 
 
 class Control(Protocol):
-    """One rank's end. Every rank takes part in every step; a step that fails raises WorkerError."""
+    """One rank's end. Every rank takes part in every step; where another has gone, all of this raises PeerError."""
 
     answers: bool
     """Whether this rank replies to plans."""
@@ -42,8 +44,8 @@ class Control(Protocol):
     def send(self) -> None:
         """The plan is written: give it to all ranks."""
 
-    def collect(self, num_words: int) -> list[Int32]:
-        """So many words of each replica's result, in the order of replicas."""
+    def collect(self, num_words: int, patience_s: float = COLLECTIVE_TIMEOUT_S) -> list[Int32]:
+        """So many words of each replica's result, in the order of replicas, within so many seconds."""
 
     def receive(self) -> Int32:
         """Wait for the next plan; it stays until the next call."""
@@ -51,8 +53,11 @@ class Control(Protocol):
     def reply(self, result: Int32) -> None:
         """Give the coordinator this replica's result."""
 
+    def check(self) -> None:
+        """Raise PeerError where it can be seen that the coordinator has left."""
+
     def close(self) -> None:
-        """Leave. Idempotent."""
+        """Leave; who waits for this rank learns of it. Idempotent."""
 
 
 class SocketControl:
@@ -79,10 +84,10 @@ class SocketControl:
             self._plan_group.broadcast(self._plan[usual:used], source=0)
         return self._plan
 
-    def collect(self, num_words: int) -> list[Int32]:
+    def collect(self, num_words: int, patience_s: float = COLLECTIVE_TIMEOUT_S) -> list[Int32]:
         assert self._result_group is not None
         results = [torch.zeros(num_words, dtype=torch.int32) for _ in range(self._result_group.size)]
-        self._result_group.gather(results[0], results)
+        self._result_group.gather(results[0], results, patience_s=patience_s)
         return [result.numpy() for result in results[1:]]
 
     def receive(self) -> Int32:
@@ -91,6 +96,9 @@ class SocketControl:
     def reply(self, result: Int32) -> None:
         assert self._result_group is not None
         self._result_group.gather(torch.from_numpy(result))
+
+    def check(self) -> None:
+        pass  # a collective that fails says it
 
     def close(self) -> None:
         self._plan_group.close()
@@ -131,10 +139,10 @@ class MemoryControl:
         self._number += 1
         self._set(0, self._number)
 
-    def collect(self, num_words: int) -> list[Int32]:
+    def collect(self, num_words: int, patience_s: float = COLLECTIVE_TIMEOUT_S) -> list[Int32]:
         assert num_words <= self._results.shape[1], f"{num_words} words of results, room for {self._results.shape[1]}"
         for replica in range(self._lp):
-            self._wait(self._num_ranks + replica, self._number)
+            self._wait(self._num_ranks + replica, self._number, patience_s)
         return list(self._results[:, :num_words].copy())
 
     def receive(self) -> Int32:
@@ -147,10 +155,16 @@ class MemoryControl:
         self._results[self._replica, : len(result)] = result
         self._set(self._num_ranks + self._replica, self._number)
 
+    def check(self) -> None:
+        if not is_alive(self._file, 0):
+            raise PeerError("the coordinator has left this mesh")
+
     def close(self) -> None:
         file, self._file = self._file, -1
         if file >= 0:
             os.close(file)  # and with it goes the lock: who waits for this rank learns that it has gone
+            if self._rank == 0:
+                self._set(0, self._number + NEVER)  # and looks at once
 
     def _word(self, cell: int) -> int:
         return self._address + HEADER + cell * CELL
@@ -158,22 +172,24 @@ class MemoryControl:
     def _set(self, cell: int, number: int) -> None:
         self._library.word_set(self._word(cell), number & 0xFFFFFFFF)
 
-    def _wait(self, cell: int, number: int) -> None:
-        """Until the word of this cell has come to `number`, from however far behind."""
+    def _wait(self, cell: int, number: int, patience_s: float = COLLECTIVE_TIMEOUT_S) -> None:
+        """Until the word of this cell has come to `number`, from however far behind; so many seconds at most."""
         wanted, patience_us = number & 0xFFFFFFFF, FIRST_LOOK_US
         deadline = 0.0
         while not self._library.word_wait(self._word(cell), wanted, self._looks, patience_us):
             self._check_others()
             patience_us = min(2 * patience_us, LAST_LOOK_US)
-            deadline = deadline or time.monotonic() + COLLECTIVE_TIMEOUT_S
+            deadline = deadline or time.monotonic() + patience_s
             if time.monotonic() > deadline:
-                raise WorkerError(f"a rank has not come within {COLLECTIVE_TIMEOUT_S:.0f} s")
+                raise PeerError(f"a rank has not come within {patience_s:.0f} s")
 
     def _check_others(self) -> None:
         """A worker waits for the coordinator alone."""
-        for rank in range(1, self._num_ranks) if self._rank == 0 else [0]:
+        if self._rank > 0:
+            return self.check()
+        for rank in range(1, self._num_ranks):
             if not is_alive(self._file, rank):
-                raise WorkerError(f"rank {rank} has ended" if rank else "the coordinator has ended")
+                raise PeerError(f"rank {rank} has ended")
 
 
 def size_of(lp: int, tp: int, plan_words: int, result_words: int) -> int:

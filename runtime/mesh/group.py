@@ -18,15 +18,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
+from runtime.errors import PeerError
+
 COLLECTIVE_TIMEOUT_S = 1800.0
-"""Longest wait in a collective, loading the model included. A peer that dies is noticed at once, by its
-closed connections or its file lock; an idle coordinator sends a heartbeat well within this time."""
+"""Longest wait for a plan. A peer that dies is noticed at once, by its closed connections or its file lock; an idle
+coordinator sends a heartbeat well within this time."""
+JOIN_TIMEOUT_S = 30.0
+"""Longest wait for another rank that has been called to the same group."""
 
 
 class Group:
     """The collectives of `size` ranks. Every rank makes the same calls in the same order.
 
-    All raise RuntimeError if another rank has gone, or does not come within COLLECTIVE_TIMEOUT_S.
+    All raise PeerError if another rank has gone, or does not come within `patience_s` seconds.
     """
 
     def __init__(
@@ -37,54 +41,84 @@ class Group:
         size: int,
         backend: Literal["gloo", "nccl"] = "gloo",
         address: str | None = None,
+        patience_s: float = COLLECTIVE_TIMEOUT_S,
     ) -> None:
         """Meet the others at `store`, under this name. Gloo listens at `address`, one of this machine; None: at that
-        of GLOO_SOCKET_IFNAME, or of the host's name."""
+        of GLOO_SOCKET_IFNAME, or of the host's name. Raises PeerError if they do not come."""
         self.rank, self.size = rank, size
-        timeout, place = timedelta(seconds=COLLECTIVE_TIMEOUT_S), dist.PrefixStore(name, store)
-        self._backend: Any
+        self._patience = timedelta(seconds=patience_s)
+        try:
+            self._backend = self._meet(store, name, backend, address)
+        except RuntimeError as error:
+            raise PeerError(f"the ranks of group {name} have not met ({_brief(error)})") from error
+        _open_groups.add(self)
+
+    def _meet(self, store: dist.Store, name: str, backend: str, address: str | None) -> Any:
+        rank, size = self.rank, self.size
+        timeout, place = timedelta(seconds=JOIN_TIMEOUT_S), dist.PrefixStore(name, store)
         if backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            self._backend = dist.ProcessGroupNCCL(place, rank, size, options)
-        elif address is not None:
+            options._timeout = max(timeout, self._patience)
+            return dist.ProcessGroupNCCL(place, rank, size, options)
+        if address is not None:
             options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             options._timeout = timeout
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-            self._backend = dist.ProcessGroupGloo(place, rank, size, options)
-        else:
-            self._backend = dist.ProcessGroupGloo(place, rank, size, timeout)
-        _open_groups.add(self)
+            return dist.ProcessGroupGloo(place, rank, size, options)
+        return dist.ProcessGroupGloo(place, rank, size, timeout)
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """Overwrite `tensor` with that of rank `source`, in place."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = source, 0
-        _finish(self._backend.broadcast, [tensor], options)
+        self._finish(self._backend.broadcast, [tensor], options)
         return tensor
 
     def all_reduce(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
         """Combine the ranks' tensors, in place; by default their sum."""
         options = dist.AllreduceOptions()
         options.reduceOp = op
-        _finish(self._backend.allreduce, [tensor], options)
+        self._finish(self._backend.allreduce, [tensor], options)
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's tensor, in their order; all give one shape and dtype."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        _finish(self._backend.allgather, [parts], [tensor.contiguous()], AllgatherOptions())
+        self._finish(self._backend.allgather, [parts], [tensor.contiguous()], AllgatherOptions())
         return parts
 
-    def gather(self, tensor: torch.Tensor, parts: Sequence[torch.Tensor] = (), target: int = 0) -> None:
-        """Rank `target` gets the ranks' tensors into `parts`, which the others leave out."""
+    def gather(
+        self,
+        tensor: torch.Tensor,
+        parts: Sequence[torch.Tensor] = (),
+        target: int = 0,
+        patience_s: float | None = None,
+    ) -> None:
+        """Rank `target` gets the ranks' tensors into `parts`, which the others leave out; within so many seconds, where
+        the group's are not to be waited for."""
         options = dist.GatherOptions()
         options.rootRank = target
-        _finish(self._backend.gather, [list(parts)] if parts else [], [tensor], options)
+        if patience_s is not None:
+            options.timeout = timedelta(seconds=patience_s)
+        self._finish(self._backend.gather, [list(parts)] if parts else [], [tensor], options)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        _finish(self._backend.barrier, dist.BarrierOptions())
+        self._finish(self._backend.barrier, dist.BarrierOptions())
+
+    def _finish(self, collective: Any, *arguments: Any) -> None:
+        """Start a collective as torch.distributed's own blocking calls do, and wait; on a GPU, its stream does."""
+        options = arguments[-1]
+        if options.timeout < timedelta(0):
+            options.timeout = self._patience
+        if hasattr(options, "asyncOp"):
+            options.asyncOp = False
+        try:
+            work = collective(*arguments)
+            if work is not None:
+                work.wait()
+        except RuntimeError as error:
+            raise PeerError(f"another rank has gone ({_brief(error)})") from error
 
     def close(self) -> None:
         """Leave: the connections end, so a rank that waits for this one learns at once that it has gone. Idempotent."""
@@ -137,11 +171,6 @@ def _leave_to_parent() -> None:
 os.register_at_fork(after_in_child=_leave_to_parent)
 
 
-def _finish(collective: Any, *arguments: Any) -> None:
-    """Start a collective as torch.distributed's own blocking calls do, and wait; on a GPU, its stream does."""
-    options = arguments[-1]
-    if hasattr(options, "asyncOp"):
-        options.asyncOp = False
-    work = collective(*arguments)
-    if work is not None:
-        work.wait()
+def _brief(error: Exception) -> str:
+    """Its first line: gloo's and NCCL's go on with a trace of C++."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]

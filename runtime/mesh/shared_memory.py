@@ -15,13 +15,14 @@ import mmap
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from runtime.compiler import BuildError, shared_library
-from runtime.errors import WorkerError
+from runtime.errors import PeerError
 from runtime.mesh.group import COLLECTIVE_TIMEOUT_S, Group, add_in_order
 
 SOURCE = Path(__file__).with_name("meeting.cpp")
@@ -38,12 +39,14 @@ PATIENCE_US = 100_000
 
 
 class SharedMemory:
-    """The ranks of one group, all on this machine. Every rank makes the same calls in the same order."""
+    """The ranks of one group, all on this machine. Every rank makes the same calls in the same order.
 
-    def __init__(self, file: int, rank: int, num_ranks: int) -> None:
+    Collectives raise PeerError if another rank has gone."""
+
+    def __init__(self, file: int, rank: int, num_ranks: int, check: Callable[[], None] = lambda: None) -> None:
         """`file` is open for all ranks, `size(num_ranks)` bytes, zeros where they meet. It stays open: it holds this
-        rank's lock."""
-        self.rank, self.num_ranks = rank, num_ranks
+        rank's lock. `check` raises where there is no use in waiting."""
+        self.rank, self.num_ranks, self._check = rank, num_ranks, check
         self._file = file
         self._meeting = library()
         self._memory = mmap.mmap(file, size(num_ranks))
@@ -52,7 +55,7 @@ class SharedMemory:
         fcntl.lockf(file, fcntl.LOCK_EX, 1, rank)  # ends with the process, however it ends
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, in place. Raises WorkerError if one has died."""
+        """Sum over the ranks, in place."""
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
             return add_in_order(self.all_gather(tensor), tensor)
         for piece in tensor.view(-1).split(AREA // 4):
@@ -61,7 +64,7 @@ class SharedMemory:
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's tensor, in their order; all give one shape and dtype. Raises WorkerError if one has died."""
+        """Every rank's tensor, in their order; all give one shape and dtype."""
         own = tensor.contiguous()
         found = [torch.empty_like(own) for _ in range(self.num_ranks)]
         views = [part.view(-1).view(torch.uint8) for part in found]
@@ -73,7 +76,7 @@ class SharedMemory:
         return found
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        """Overwrite `tensor` with that of rank `source`, in place. Raises WorkerError if one has died."""
+        """Overwrite `tensor` with that of rank `source`, in place."""
         own = tensor.contiguous()
         view = own.view(-1).view(torch.uint8)
         for start in range(0, own.nbytes, AREA):
@@ -95,14 +98,25 @@ class SharedMemory:
         while not self._meeting.meeting_is_over(self._address, self._num_meetings, PATIENCE_US):
             self._check_others()
             if time.monotonic() > deadline:
-                raise WorkerError(f"another shard of this replica has not come within {COLLECTIVE_TIMEOUT_S:.0f} s")
+                raise PeerError(f"another rank has not come within {COLLECTIVE_TIMEOUT_S:.0f} s")
         self._num_meetings += 1
         return areas
 
+    def meet(self) -> None:
+        """Wait until every rank is here."""
+        self._exchange(torch.empty(0, dtype=torch.uint8))
+
+    def close(self) -> None:
+        """Leave; who waits for this rank learns of it. Idempotent."""
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
+
     def _check_others(self) -> None:
+        self._check()
         for rank in range(self.num_ranks):
             if rank != self.rank and not is_alive(self._file, rank):
-                raise WorkerError(f"rank {rank} of {self.num_ranks} that share memory has died")
+                raise PeerError(f"rank {rank} of {self.num_ranks} that share memory has gone")
 
 
 def is_alive(file: int, rank: int) -> bool:
@@ -138,13 +152,13 @@ def size(num_ranks: int) -> int:
     return HEADER + 2 * num_ranks * AREA
 
 
-def join(store: dist.Store, name: str, group: Group) -> SharedMemory | None:
+def join(store: dist.Store, name: str, group: Group, check: Callable[[], None] = lambda: None) -> SharedMemory | None:
     """Meet the group's ranks in shared memory, if they are all on this machine and can compile; on all or none.
 
-    `name` is the group's own in the store.
+    `name` is the group's own in the store; `check` raises where there is no use in waiting.
     """
     file = shared_file(store, name, group, size(group.size))
-    memory = SharedMemory(file, group.rank, group.size) if file is not None else None
+    memory = SharedMemory(file, group.rank, group.size, check) if file is not None else None
     group.barrier()  # nobody looks for a dead one before all are there
     return memory
 

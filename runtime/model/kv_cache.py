@@ -177,6 +177,26 @@ class KVCache:
         self.retained[slot].reset()
         self.retained[slot].commit([0] * length)  # which they are makes no difference where all are kept
 
+    def state(self, slot: int) -> list[int]:
+        """Which tokens stand in the slot, for another replica to `restore`; what they are is in `contents`."""
+        return self.retained[slot].state().tolist()
+
+    def restore(self, slot: int, state: Sequence[int]) -> None:
+        """Make room for another replica's tokens, which are still to be given by `refill`."""
+        self.reset(slot)
+        self.retained[slot].restore(state)
+
+    def contents(self, slot: int) -> list[torch.Tensor]:
+        """All that the slot's tokens have in memory."""
+        retained = self.retained[slot]
+        stored = self.buffer[slot, ..., : retained.num_stored, :]
+        return [stored, self.unturned[slot, ..., : min(retained.num_slot_anchors, retained.max_turned), :]]
+
+    def refill(self, slot: int, contents: Sequence[torch.Tensor]) -> None:
+        """Write what `contents` of the same state are."""
+        for own, other in zip(self.contents(slot), contents, strict=True):
+            own.copy_(other)
+
     def clean(self, slot: int) -> None:
         """Forget the rows that the slot has staged, after those of a step that were NaN or infinite."""
         if self.finite:

@@ -34,6 +34,19 @@ class Controls:
         self.reset(slot)
         self._histories[slot] = history
 
+    def state(self, slot: int) -> tuple[list[int], list[list[int]]]:
+        """What is known of the slot, for another replica to `restore`: its text's history, and its biases' lines."""
+        biases = self._biases.get(slot)
+        return self._history(slot).state().tolist(), [] if biases is None else biases.lines.tolist()
+
+    def restore(self, slot: int, state: tuple[list[int], list[list[int]]]) -> None:
+        """Know of the slot what another replica does."""
+        history, lines = state
+        self.reset(slot)
+        self._histories[slot] = History.restored(history)
+        if lines:
+            self._biases[slot] = _Biases(np.array(lines, np.int32))
+
     def commit(self, slot: int, tokens: list[int]) -> None:
         """The next tokens of the slot's sequence."""
         self._history(slot).commit(tokens)
@@ -98,6 +111,7 @@ class _Biases:
 
     def __init__(self, lines: Int32) -> None:
         """`lines` [n, len(Bias)]; of a token that has two while both last, the lower counts: bars are -inf."""
+        self.lines = lines
         values = np.ascontiguousarray(lines[:, Bias.VALUE]).view(np.float32)
         order = np.argsort(values, kind="stable")
         self._tokens, self._values, self._until = lines[order, Bias.TOKEN], values[order], lines[order, Bias.UNTIL]

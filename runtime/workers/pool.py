@@ -25,6 +25,7 @@ from runtime.config import Config
 from runtime.errors import ConfigError
 from runtime.mesh import LOOPBACK
 from runtime.model.spec import ModelSpec
+from runtime.workers.roster import Place
 
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
 """Several workers share the cores: none may spin while it waits. Set before torch is imported."""
@@ -41,67 +42,78 @@ class ProcessPool:
     """One process per rank. They end with this one, however it ends."""
 
     host = LOOPBACK
+    own_devices = False
 
     def __init__(self, make_decoder: Any = None) -> None:
         """`make_decoder` (a worker.DecoderMaker that can be pickled): what ranks compute with, if not the model."""
         self._make_decoder = make_decoder
-        self._workers: list[subprocess.Popen[bytes]] = []
-        self._failure: str | None = None
+        self._workers: dict[int, subprocess.Popen[bytes]] = {}
         self._finalizer = weakref.finalize(self, _end, self._workers, os.getpid())
 
-    def start(self, config: Config, spec: ModelSpec, host: str, port: int) -> None:
+    def open(self, config: Config, spec: ModelSpec) -> None:
         executable = os.fsdecode(get_executable() or "")
         if not executable or getattr(sys, "frozen", False):
             problem = f"workers are processes of the Python interpreter, and this program is none ({executable!r})"
             remedy = "Name the interpreter with multiprocessing.set_executable, or set lp and tp to 1."
             raise ConfigError("parallel", f"lp={config.parallel.lp} tp={config.parallel.tp}", problem, remedy)
         # -P: the current folder is not a place to import from unless it is for this program, too.
-        command = [executable, *subprocess._args_from_interpreter_flags(), "-P", "-c", _MAIN]  # type: ignore[attr-defined]
-        path = [*sys.path, str(Path(__file__).parents[2])]  # the last in case that "" is not that folder any more
-        for rank in range(1, 1 + config.parallel.num_workers):
-            worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | WORKER_ENVIRONMENT
-            )
-            self._workers.append(worker)
-            assert worker.stdin is not None
-            with suppress(BrokenPipeError):  # it has ended already, and `failure` says so
-                what = config, spec, rank, host, port, self._make_decoder
-                worker.stdin.write(pickle.dumps(path) + pickle.dumps((rank, what)))
-                worker.stdin.flush()  # and left open: when it ends, so does the worker
+        self._command = [executable, *subprocess._args_from_interpreter_flags(), "-P", "-c", _MAIN]  # type: ignore[attr-defined]
+        self._config, self._spec = config, spec
 
-    def failure(self) -> str | None:
-        if self._failure is None:
-            pipes = [worker.stdout for worker in self._workers if worker.stdout is not None]
-            ended, _, _ = select.select(pipes, [], [], 0)  # these have said something, or can say no more
-            causes = [_cause(worker) for worker in self._workers if worker.stdout in ended]
-            # A dead rank's peers fail too, with a broken connection: they are the consequence.
-            self._failure = min(causes, key=lambda cause: "onnection" in cause or "peer" in cause, default=None)
-        return self._failure
+    def start(self, place: Place) -> None:
+        path = [*sys.path, str(Path(__file__).parents[2])]  # the last in case that "" is not that folder any more
+        worker = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | WORKER_ENVIRONMENT
+        )
+        self._workers[place.worker] = worker
+        assert worker.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended already, and `failures` says so
+            what = self._config, self._spec, place, self._make_decoder
+            worker.stdin.write(pickle.dumps(path) + pickle.dumps(what))
+            worker.stdin.flush()  # and left open: when it ends, so does the worker
+
+    def failures(self) -> dict[int, str]:
+        by_pipe = {worker.stdout: number for number, worker in self._workers.items() if worker.stdout is not None}
+        ended, _, _ = select.select(by_pipe, [], [], 0)  # these have said something, or can say no more
+        return {by_pipe[pipe]: _cause(self._forget(by_pipe[pipe])) for pipe in ended}
+
+    def end(self, worker: int) -> None:
+        process = self._forget(worker)
+        process.kill()
+        _cause(process)
+
+    def _forget(self, worker: int) -> subprocess.Popen[bytes]:
+        return self._workers.pop(worker)
 
     def close(self) -> None:
         self._finalizer()
 
 
 def _cause(worker: subprocess.Popen[bytes]) -> str:
-    """What the worker, which is ending, said last."""
-    assert worker.stdout is not None
-    if said := os.read(worker.stdout.fileno(), MAX_REPORT_BYTES):
-        return said.decode(errors="replace")
-    with suppress(subprocess.TimeoutExpired):
+    """What the worker, which is ending, said last. It is seen to its end."""
+    assert worker.stdout is not None and worker.stdin is not None
+    with worker.stdout:
+        said = os.read(worker.stdout.fileno(), MAX_REPORT_BYTES).decode(errors="replace")
+    with suppress(BrokenPipeError):
+        worker.stdin.close()
+    try:
         worker.wait(STOP_GRACE_S)
-    return f"process {worker.pid} ended with exit code {worker.returncode}"
+    except subprocess.TimeoutExpired:
+        worker.kill()
+        worker.wait()
+    return said or f"process {worker.pid} ended with exit code {worker.returncode}"
 
 
-def _end(workers: list[subprocess.Popen[bytes]], owner: int) -> None:
+def _end(workers: dict[int, subprocess.Popen[bytes]], owner: int) -> None:
     """End the processes, if this is the one that started them and not one that was forked from it."""
     if os.getpid() != owner:
         return
-    for worker in workers:
-        assert worker.stdin is not None and worker.stdout is not None
+    for worker in workers.values():
+        assert worker.stdin is not None
         with suppress(BrokenPipeError):
             worker.stdin.close()
     deadline = time.monotonic() + STOP_GRACE_S
-    for worker in workers:
+    for worker in workers.values():
         try:
             worker.wait(max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
@@ -119,15 +131,12 @@ def main() -> None:
         os.dup2(2, 1)  # what is printed here is nobody's result
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator, which ends its workers if it ends
     threading.Thread(target=_end_with_owner, name="outrider-owner", daemon=True).start()
-    rank = "of a worker"
     try:
         from runtime.workers.worker import serve  # here, so that an import error is reported too
 
-        rank, what = pickle.load(sys.stdin.buffer)
-        serve(*what)
+        serve(*pickle.load(sys.stdin.buffer))
     except BaseException:
-        text = f"rank {rank}: {traceback.format_exc(limit=-3)}"
-        os.write(report, text.encode(errors="replace")[-MAX_REPORT_BYTES:])
+        os.write(report, traceback.format_exc(limit=-3).encode(errors="replace")[-MAX_REPORT_BYTES:])
         raise SystemExit(1) from None
 
 

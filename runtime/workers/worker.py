@@ -1,13 +1,19 @@
-"""One rank: a shard of the model and of every cache slot. Plan in, chosen tokens out."""
+"""One rank: a shard of the model and of every cache slot. Plan in, chosen tokens out.
+
+What a plan brings besides its rows (accepted rows of the last step, slots that begin anew, turns) is done whole or not
+at all: what has to come from other replicas is fetched first. So a rank is always just behind one step or the next, and
+says which where the mesh is formed anew.
+"""
 
 from __future__ import annotations
 
 import gc
+import itertools
 import json
+import logging
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,10 +23,11 @@ import torch.distributed as dist
 
 from runtime.config import Config
 from runtime.core import Share
+from runtime.errors import PeerError
 from runtime.mesh import mesh as meshes
 from runtime.mesh.control import Control
 from runtime.mesh.device import pick_device
-from runtime.mesh.group import COLLECTIVE_TIMEOUT_S
+from runtime.mesh.group import JOIN_TIMEOUT_S
 from runtime.mesh.mesh import Mesh
 from runtime.model.attention import RowBatch
 from runtime.model.cuda.graphs import GraphedDecoder
@@ -31,11 +38,15 @@ from runtime.model.loader import load_decoder
 from runtime.model.native.decoder import NativeDecoder
 from runtime.model.spec import ModelSpec
 from runtime.retention import layer_groups
-from runtime.step import Int32, StepPlan, WireLayout
+from runtime.step import Int32, StepPlan, WireLayout, next_number
+from runtime.workers import roster
 from runtime.workers.controls import Controls
+from runtime.workers.roster import Call, Place, Report
 
 if TYPE_CHECKING:
     from runtime.model.cuda.decoder import CudaDecoder
+
+log = logging.getLogger(__name__)
 
 AnyDecoder: TypeAlias = "Decoder | NativeDecoder | GraphedDecoder | CudaDecoder"
 DecoderMaker = Callable[[Config, ModelSpec, Mesh], Any]
@@ -60,6 +71,8 @@ class Worker:
         )
         self.num_pages = pages_of(self.caches)
         self.controls = Controls()
+        self.applied: int | None = None
+        """Number of the last plan of which this rank has done all but, perhaps, its rows; None: its caches are none."""
         self._last = self._share(StepPlan.empty())
         self._unclean: set[int] = set()  # slots in whose rows the last step had NaN or infinities
 
@@ -71,13 +84,14 @@ class Worker:
         and, packed, the likeliest ones. [T local, 1 + top_k]"""
         if not plan.num_rows:
             return np.zeros((0, plan.result_width), np.int32)  # a heartbeat: what is staged stays staged
-        self._commit(plan)
-        self._last = share = self._share(plan)
-        for slot, num_coming in share.turns:
-            for cache in self.caches:
-                cache.begin_turn(slot, num_coming)
-        if share.turns:
-            self.controls.begin_turns(plan)
+        share = self._share(plan)
+        assert self.applied is not None, "caches are emptied, or copied, first"
+        if plan.number == next_number(self.applied):
+            self._apply(plan, share)
+            self.applied = plan.number
+        elif plan.number != self.applied:  # rows of the step before, for ranks that are still behind it
+            return np.zeros((0, plan.result_width), np.int32)
+        self._last = share
         if not share.num_rows:
             return np.zeros((0, plan.result_width), np.int32)
         batch = RowBatch.of(share, self.decoder.batch_device)
@@ -87,18 +101,17 @@ class Worker:
         self._unclean.update(without)
         return chosen
 
-    def _commit(self, plan: StepPlan) -> None:
-        """Move accepted rows of the last step into the caches; LP peers copy them from the replica that ran them."""
-        for slot, source, staged, accepted in self._last.commits(plan.commits):
+    def _apply(self, plan: StepPlan, share: Share) -> None:
+        """Move accepted rows of the last step into the caches, and begin slots and turns."""
+        commits = self._last.commits(plan.commits)
+        blocks = self._exchange(commits)
+        for slot, _, staged, accepted in commits:
             self.controls.commit(slot, accepted)
             for cache in self.caches:
-                if source < 0 or self.mesh.lp == 1:
-                    cache.commit(slot, staged, accepted)
-                elif source == self.mesh.replica:
-                    self.mesh.broadcast_from_replica(cache.read_staged(slot, staged), source)
+                block = blocks.get((slot, cache))
+                if block is None:
                     cache.commit(slot, staged, accepted)
                 else:
-                    block = self.mesh.broadcast_from_replica(cache.empty_block(len(staged)), source)
                     cache.append(slot, block, accepted)
         for slot in self._unclean:
             for cache in self.caches:
@@ -112,6 +125,87 @@ class Worker:
             self.controls.begin_as(slot, source, length)
             for cache in self.caches:
                 cache.begin_as(slot, source, length)
+        for slot, num_coming in share.turns:
+            for cache in self.caches:
+                cache.begin_turn(slot, num_coming)
+        if share.turns:
+            self.controls.begin_turns(plan)
+
+    def _exchange(self, commits: list[tuple[int, int, list[int], list[int]]]) -> dict[tuple[int, Any], torch.Tensor]:
+        """Keys and values of accepted rows that this replica has not run, by slot and cache, from the one that has.
+
+        Raises PeerError, on all shards of a replica or on none.
+        """
+        blocks = {}
+        mesh, copies = self.mesh, False
+        for slot, source, staged, _ in commits:
+            if source < 0 or mesh.lp == 1:
+                continue
+            copies = True
+            for cache in self.caches:
+                if source == mesh.replica:
+                    mesh.broadcast_from_replica(cache.read_staged(slot, staged), source)
+                else:
+                    block = cache.empty_block(len(staged))
+                    blocks[slot, cache] = mesh.broadcast_from_replica(block, source)
+        if copies:
+            mesh.meet_shards()
+        return blocks
+
+    # Where the mesh is formed anew
+
+    def forget(self, applied: int) -> None:
+        """Empty all slots, as all others do; the last step was the one with this number."""
+        for slot in range(len(self.caches[0].retained)):
+            self.controls.reset(slot)
+            for cache in self.caches:
+                cache.reset(slot)
+        self.applied, self._last = applied, self._share(StepPlan.empty())
+        self._unclean.clear()
+
+    def copy_caches(self, source: int, targets: Collection[int]) -> None:
+        """Give replicas `targets` all that the slots of `source` have. Every replica takes part. Raises PeerError."""
+        mesh = self.mesh
+        gives, takes = mesh.replica == source, mesh.replica in targets
+        described = _json_tensor(self._described()) if gives else torch.zeros(0, dtype=torch.uint8)
+        size = mesh.broadcast_from_replica(torch.tensor([len(described)]), source)
+        if not gives:
+            described = torch.zeros(int(size), dtype=torch.uint8)
+        description = json.loads(mesh.broadcast_from_replica(described, source).numpy().tobytes())
+        if takes:
+            self.forget(description["applied"])
+            self.applied = None  # until all is here
+        for slot, controls, states, shapes in description["slots"]:
+            if takes:
+                self.controls.restore(slot, controls)
+            for cache, state, parts in zip(self.caches, states, shapes, strict=True):
+                if takes:
+                    cache.restore(slot, state)
+                if gives:
+                    blocks = [part.contiguous() for part in cache.contents(slot)]
+                else:
+                    blocks = [torch.empty(shape, dtype=cache.dtype, device=cache.device) for shape in parts]
+                for block in blocks:
+                    if block.numel():
+                        mesh.broadcast_from_replica(block, source)
+                if takes:
+                    cache.refill(slot, blocks)
+        if takes:
+            self.applied = description["applied"]
+
+    def _described(self) -> dict[str, Any]:
+        """The slots that have something, and the shapes of what is in them."""
+        slots = []
+        for slot in range(len(self.caches[0].retained)):
+            if any(cache.retained[slot].length for cache in self.caches):
+                states = [cache.state(slot) for cache in self.caches]
+                shapes = [[list(part.shape) for part in cache.contents(slot)] for cache in self.caches]
+                slots.append((slot, self.controls.state(slot), states, shapes))
+        return {"applied": self.applied, "slots": slots}
+
+
+def _json_tensor(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def decoder_of(config: Config, spec: ModelSpec, mesh: Mesh) -> AnyDecoder:
@@ -136,30 +230,49 @@ def pages_of(caches: Sequence[Any]) -> tuple[int, ...] | None:
     return tuple(paged) if paged else None
 
 
-def serve(
-    config: Config, spec: ModelSpec, rank: int, host: str, port: int, make_decoder: DecoderMaker | None = None
-) -> None:
-    """Be worker `rank` (from 1) of the mesh whose coordinator waits at host:port, until it says stop.
+def serve(config: Config, spec: ModelSpec, place: Place, make_decoder: DecoderMaker | None = None) -> None:
+    """Be the worker of this place: load its shard, then take part in every mesh that the coordinator calls it to, until
+    that says stop.
 
     `make_decoder`: what it computes with, if not the model.
     """
     parallel = config.parallel
     torch.set_num_threads(parallel.threads_each(os.cpu_count() or 1, parallel.num_workers))
-    device = pick_device(config, (rank - 1) % max(torch.cuda.device_count(), 1))
-    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
-    store.set(alive_key(rank), "")
+    device = pick_device(config, place.position % max(torch.cuda.device_count(), 1))
+    patience = timedelta(seconds=JOIN_TIMEOUT_S)
+    store = dist.TCPStore(place.host, place.port, is_master=False, timeout=patience)
+    shares_device = not place.own_device and parallel.num_workers > torch.cuda.device_count()
+    mesh = Mesh(parallel.lp, parallel.tp, 0, place.shard, device, shares_device=shares_device)
+    mesh.ordered = config.model.deterministic
+    worker = Worker(config, spec, mesh, make_decoder)
+    gc.freeze()  # what is here stays: looking through it for garbage would hold up a step for milliseconds
     layout = wire_layout(config)
-    control, mesh = meshes.join(rank, parallel.lp, parallel.tp, device, store, layout)
-    assert mesh is not None
-    mesh = replace(mesh, ordered=config.model.deterministic)
+    for number in itertools.count():
+        call = roster.attend(store, place.worker, number, Report(worker.applied, worker.num_pages))
+        if call is None:
+            return
+        try:
+            if _take_part(worker, call, place.host, store, layout):
+                return
+        except PeerError as error:
+            log.info("worker %d leaves mesh %d: %s", place.worker, call.mesh, error)
+
+
+def _take_part(worker: Worker, call: Call, host: str, store: dist.Store, layout: WireLayout) -> bool:
+    """Be a rank of one mesh. Returns when the coordinator says stop, which is when it returns True."""
+    control: Control | None = None
     try:
-        worker = Worker(config, spec, mesh, make_decoder)
-        store.set(pages_key(rank), json.dumps(worker.num_pages))
-        gc.freeze()  # what is here stays: looking through it for garbage would hold up a step for milliseconds
+        control = meshes.join(call.rank, call.lp, worker.mesh.tp, host, store, f"mesh/{call.mesh}", layout, worker.mesh)
+        if call.source is None:
+            worker.forget(call.applied)
+        elif call.targets:
+            worker.copy_caches(call.source, call.targets)
         _loop(worker, control, layout)
+        return True
     finally:  # a peer that waits for this rank learns at once that it has gone
-        mesh.close()
-        control.close()
+        worker.mesh.leave()
+        if control is not None:
+            control.close()
 
 
 def _loop(worker: Worker, control: Control, layout: WireLayout) -> None:
@@ -174,16 +287,6 @@ def _loop(worker: Worker, control: Control, layout: WireLayout) -> None:
             result[layout.RESULT_HEADER :][: chosen.size] = chosen.ravel()
             result[0] = int((time.perf_counter() - started) * 1e6)
             control.reply(result)
-
-
-def alive_key(rank: int) -> str:
-    """The store key that worker `rank` sets once it is there."""
-    return f"alive/{rank}"
-
-
-def pages_key(rank: int) -> str:
-    """The store key under which worker `rank` says what pages its caches have, once it has loaded."""
-    return f"pages/{rank}"
 
 
 def wire_layout(config: Config) -> WireLayout:

@@ -228,6 +228,43 @@ class PagedKVCache:
         self.runs[slot], self.anchors[slot] = Pages(), Pages()
         self.anchor_positions[slot] = np.empty(0, np.int64)
 
+    def state(self, slot: int) -> list[int]:
+        """Which tokens the slot has, and how many pages from which on; for another replica to `restore`."""
+        self._move_now()
+        runs, anchors, known = self.runs[slot], self.anchors[slot], self.anchor_positions[slot].tolist()
+        pages = [runs.first, len(runs.pages), anchors.first, len(anchors.pages)]
+        return [*pages, len(known), *known, *self.retained[slot].state().tolist()]
+
+    def restore(self, slot: int, state: Sequence[int]) -> None:
+        """Make room for another replica's tokens, which are still to be given by `refill`. Raises OutOfPagesError."""
+        self.reset(slot)
+        self._move_now()
+        first, num_run, first_anchor, num_anchor, count, *rest = state
+        self.anchor_positions[slot] = np.array(rest[:count], np.int64)
+        self.retained[slot].restore(rest[count:])
+        for pages, start, number in (
+            (self.runs[slot], first, num_run),
+            (self.anchors[slot], first_anchor, num_anchor),
+        ):
+            pages.first = start
+            self._grow(pages, (start + number) * PAGE)
+
+    def contents(self, slot: int) -> list[torch.Tensor]:
+        """Copies of all that the slot's tokens have in memory."""
+        count = self.retained[slot].num_slot_anchors if self.unturned.shape[-2] else 0
+        return [self._read(self._all_places(slot)), self.unturned[slot, ..., :count, :].clone()]
+
+    def refill(self, slot: int, contents: Sequence[torch.Tensor]) -> None:
+        """Write what `contents` of the same state are."""
+        pages, unturned = contents
+        self._write(self._all_places(slot), pages)
+        self.unturned[slot, ..., : unturned.shape[-2], :] = unturned
+
+    def _all_places(self, slot: int) -> Ints:
+        """Of the slot's pages."""
+        pages = np.array([*self.runs[slot].pages, *self.anchors[slot].pages], np.int64)
+        return (pages[:, None] * PAGE + np.arange(PAGE)).ravel()
+
     def clean(self, slot: int) -> None:
         """Forget the staged rows: nothing is to be done, since no place is read before it has been written anew."""
 

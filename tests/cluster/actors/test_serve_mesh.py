@@ -26,7 +26,7 @@ def test_serve_on_ray_answers_and_leaves_nothing(tmp_path):
     with (
         (tmp_path / "log").open("w") as log,
         subprocess.Popen(
-            [*OUTRIDER, "serve", *settings, "--set", "server.port=0"],
+            [*OUTRIDER, "serve", *settings, "--set", "server.port=0", "--set", "server.http_port=null"],
             stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
         ) as server,
     ):  # fmt: skip

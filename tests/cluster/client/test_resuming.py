@@ -99,8 +99,7 @@ def test_another_server_goes_on_where_the_first_one_was(engine: Engine, tiny_mod
                 chunks += stream
             assert tuple(token for chunk in chunks for token in chunk.token_ids) == expected.token_ids
             assert "".join(chunk.text for chunk in chunks) == expected.text
-            assert second.service._opened is not None
-            assert second.service._opened[1].stats.outcomes
+            assert second.service._desk.opened[1].stats.outcomes
 
 
 def heal_with(between: Cutter, address: str) -> None:

@@ -82,6 +82,8 @@ class ScriptedEngine:
     def __init__(self, config: Config, step_s: float = 0.0) -> None:
         self.config = config
         self.spec = SPEC
+        self.knowledge = SimpleNamespace(tally=SimpleNamespace(sources={"suffix": [0, 0]}, depths=[]))
+        self.cache_share = 0.0
         self.tokenizer = LetterTokenizer()
         self.capacity = SPEC.max_positions
         self.identity = "scripted"

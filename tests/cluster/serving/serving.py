@@ -8,20 +8,26 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cluster.serving.server import GenerationServer, GenerationService
+from cluster.serving.generation import GenerationService
+from cluster.serving.server import Addresses, GenerationServer
 
 
 class ServerThread:
-    """A running GenerationServer; `address` is where."""
+    """A running GenerationServer; `address` is where gRPC is, `url` where HTTP is, if it has that door."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, http: bool = False, **server: Any) -> None:
+        """`server`: settings of that section that differ from the engine's."""
+        settings = {"http_port": 0 if http else None} | server
+        config = engine.config
+        section = type(config.server).model_validate(config.server.model_dump() | settings)
         self._events = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._events.run_forever, name="test-server")
         self._thread.start()
-        self._server = GenerationServer(engine.config)
+        self._server = GenerationServer(config.model_copy(update={"server": section}))
         self._stopped = False
         try:
-            self.address: str = self.run(self._server.start())
+            addresses: Addresses = self.run(self._server.start())
+            self.address, self.url = addresses.grpc, f"http://{addresses.http}"
             self.run(self._server.open(engine))
         except BaseException:
             self._end_thread()
@@ -53,8 +59,8 @@ class ServerThread:
 
 
 @contextmanager
-def serving(engine: Any) -> Iterator[ServerThread]:
-    server = ServerThread(engine)
+def serving(engine: Any, http: bool = False, **server_settings: Any) -> Iterator[ServerThread]:
+    server = ServerThread(engine, http, **server_settings)
     try:
         yield server
     finally:

@@ -12,7 +12,8 @@ import grpc
 import pytest
 
 from cluster.client.client import Client
-from cluster.serving.server import _OPTIONS, MAX_MESSAGE_BYTES, GenerationServer, check_free, serve
+from cluster.serving.ports import check_free
+from cluster.serving.server import _OPTIONS, MAX_MESSAGE_BYTES, GenerationServer, serve
 from cluster.wire.statuses import CallError
 from runtime.config import Config
 from runtime.errors import ConfigError
@@ -71,8 +72,8 @@ def test_pings_are_no_reason_to_end_a_connection() -> None:
 
 def test_before_the_model_is_there_the_server_says_so() -> None:
     async def run() -> None:
-        server = GenerationServer(Config.load(None, ["server.port=0"]))
-        address = await server.start()
+        server = GenerationServer(Config.load(None, ["server.port=0", "server.http_port=null"]))
+        address = (await server.start()).grpc
 
         def ask() -> None:
             with Client(address, retries=0) as client:
@@ -102,8 +103,11 @@ def test_a_taken_port_is_refused_before_the_engine_is_opened() -> None:
 
     with taken_port() as port:
         for host in ("127.0.0.1", "localhost", "0.0.0.0"):
+            there = [f"server.host={host}", "server.insecure=true"]
             with pytest.raises(ConfigError, match=f"server.port = {port}: is taken"):
-                serve(Config.load(None, [f"server.host={host}", f"server.port={port}"]), engine())
+                serve(Config.load(None, [*there, f"server.port={port}"]), engine())
+            with pytest.raises(ConfigError, match=f"server.http_port = {port}: is taken"):
+                serve(Config.load(None, [*there, "server.port=0", f"server.http_port={port}"]), engine())
 
 
 def test_a_host_that_is_none_is_refused_by_name() -> None:
@@ -129,6 +133,8 @@ def test_the_address_that_is_announced_can_be_called(host: str, monkeypatch: pyt
         pytest.skip("no IPv6 here")
     for name in ("http_proxy", "https_proxy", "grpc_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    with serving(ScriptedEngine(Config.load(None, ["server.port=0", f"server.host={host}"]))) as server:
+    with serving(
+        ScriptedEngine(Config.load(None, ["server.port=0", f"server.host={host}", "server.insecure=true"]))
+    ) as server:
         with Client(server.address) as client:
             assert client.is_serving()

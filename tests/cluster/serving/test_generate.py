@@ -13,7 +13,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from cluster.client.client import Client
-from cluster.serving.server import SERVICE_NAME
+from cluster.serving.generation import SERVICE_NAME
 from cluster.wire.statuses import CallError
 from runtime.config import Config, SamplingParams
 from runtime.engine.engine import Engine

@@ -21,9 +21,9 @@ from cluster.serving.server import serve
 from runtime.config import Config
 from tests.cluster.serving.scripted_engine import ScriptedEngine
 
-config = Config.load(None, ["server.port=0"])
+config = Config.load(None, ["server.port=0", "server.http_port=0"])
 engine = ScriptedEngine(config, step_s=0.02)
-serve(config, nullcontext(engine), announce=lambda address: print(address, flush=True), grace_s=60)
+serve(config, nullcontext(engine), announce=lambda addresses: print(addresses, flush=True), grace_s=60)
 print("closed", flush=True)
 """
 
@@ -39,7 +39,9 @@ def process() -> Iterator[subprocess.Popen[str]]:
 
 def address_of(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
-    return process.stdout.readline().strip()
+    grpc, http = process.stdout.readline().split(), process.stdout.readline().split()
+    assert grpc[:2] == ["serving", "on"] and http[:2] == ["http", "on"]
+    return grpc[2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -85,8 +85,8 @@ def test_the_others_do_not_guess_while_one_would_be_late(tiny_model, monkeypatch
         rows: list[dict[str, int]] = []
         plan = scheduler.plan
 
-        def watched():
-            step = plan()
+        def watched(**options):
+            step = plan(**options)
             rows.append({part.sequence.request.request_id: len(part.rows) for part in step.parts})
             return step
 

@@ -315,7 +315,7 @@ def test_threads_may_ask_at_the_same_time(engine):
 
 
 def test_an_interrupted_generate_withdraws_its_requests(engine, monkeypatch):
-    def interrupted(plan):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -85,7 +85,10 @@ def test_candidates_that_a_grammar_forbids_are_not_run(engine):
     """Every row of a step but the prompt's is legal where it stands."""
     rows = []
     execute = engine.executor.execute
-    engine.executor.execute = lambda plan: (rows.append((plan.num_rows, len(plan.masked))), execute(plan))[1]
+    engine.executor.execute = lambda plan, *rest: (
+        rows.append((plan.num_rows, len(plan.masked))),
+        execute(plan, *rest),
+    )[1]
     try:
         engine.generate([[9] * 5], SamplingParams(max_new_tokens=30, regex="[ab]{20}"), WIDE)
     finally:

@@ -60,7 +60,7 @@ def test_requests_in_company_read_their_common_beginning_once(engines):
     reusing, reading = engines
     rows = []
     execute = reusing.executor.execute
-    reusing.executor.execute = lambda plan: (rows.append(plan.num_rows), execute(plan))[1]
+    reusing.executor.execute = lambda plan, *rest: (rows.append(plan.num_rows), execute(plan, *rest))[1]
     asked = [[*tokens(180, 30), *tokens(3, seed)] for seed in range(31, 36)]
     try:
         together = reusing.generate(asked, SAMPLING, PLAIN)
@@ -139,7 +139,7 @@ def test_n_answers_are_those_to_n_requests_with_the_derived_seeds_and_read_the_p
     prompt, rows = tokens(170, 80), []
     sampling = SAMPLING.model_copy(update={"n": 5})
     execute = reusing.executor.execute
-    reusing.executor.execute = lambda plan: (rows.append(plan.num_rows), execute(plan))[1]
+    reusing.executor.execute = lambda plan, *rest: (rows.append(plan.num_rows), execute(plan, *rest))[1]
     try:
         found = reusing.generate([prompt], sampling, lookahead)
     finally:

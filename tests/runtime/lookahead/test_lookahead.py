@@ -436,3 +436,16 @@ def test_partition_of_the_papers_window_halves_it():
 def test_partition_gives_an_unsplittable_chain_to_one_replica():
     owner, replicas = partition(np.array([-1, 0, 1, 2]), 4)
     assert set(owner.tolist()) == {0} and set(replicas.tolist()) == {1}
+
+
+def test_candidates_are_tallied_by_source_and_depth() -> None:
+    judge = Judge(Acceptance(priors()))
+    source = SuffixSource(LookaheadConfig(), [], first_features()["suffix"], RecycleTable())
+    source.observe([1, 2, 3, 4, 1, 2], True)
+    rows = SequenceRows(5)
+    rows.add_chain([2], reaches_end=True)
+    tree = CandidateTree(rows, [4, 1, 2], 2, [source], judge)
+    tree.fill(2)
+    assert rows.tokens == [2, 3, 4]
+    assert tree.tally(np.array([3, 9, 9], np.int32)) == ([(2, 1)], [(1, 1), (1, 0)])
+    assert tree.tally(np.array([9, 9, 9], np.int32)) == ([(2, 0)], [(1, 0), (1, 0)])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from runtime.errors import WorkerError
+from runtime.errors import PeerError
 from runtime.mesh import control
 from runtime.mesh.control import Control, MemoryControl, SocketControl
 from runtime.mesh.group import Group
@@ -89,7 +89,7 @@ def test_every_rank_sees_every_plan_and_a_dead_one_is_noticed(tmp_path, monkeypa
     started = time.monotonic()
     if through_memory:
         plane.collect(2)  # rank 2 answers to nobody, so this step is done
-    with pytest.raises((WorkerError, RuntimeError)):
+    with pytest.raises(PeerError):
         plan = plane.outgoing()
         plan[:2] = 2, STEPS + 1
         plane.send()

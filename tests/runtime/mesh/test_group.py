@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from runtime.errors import PeerError
 from runtime.mesh import LOOPBACK
 from runtime.mesh.group import Group, add_in_order
 from runtime.mesh.mesh import Mesh
@@ -86,7 +87,7 @@ def test_a_rank_that_has_left_is_noticed(tmp_path: Path) -> None:
         group.barrier()
         if group.rank == 1:
             return
-        with pytest.raises(RuntimeError):
+        with pytest.raises(PeerError):
             group.all_reduce(torch.ones(1))
 
     on_all_ranks(dist.FileStore(str(tmp_path / "store"), RANKS), "group", work)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.compiler import BuildError
-from runtime.errors import WorkerError
+from runtime.errors import PeerError
 from runtime.mesh import shared_memory
 from runtime.mesh.group import Group
 
@@ -51,7 +51,7 @@ def run_rank(rank: int, folder: Path, name: str) -> None:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
-    with pytest.raises(WorkerError, match=r"rank \d of 3 .* has died"):
+    with pytest.raises(PeerError, match=r"rank \d of 3 .* has gone"):
         ranks.all_reduce(torch.ones(4))
     assert time.monotonic() - started < 10
     os._exit(0)  # gloo would wait for the dead one
@@ -119,7 +119,7 @@ def test_a_rank_that_does_not_come_ends_the_wait(tmp_path: Path, monkeypatch: py
     try:
         other.stdout.readline()
         ranks = shared_memory.SharedMemory(os.open(path, os.O_RDWR), 0, 2)
-        with pytest.raises(WorkerError, match="has not come"):
+        with pytest.raises(PeerError, match="has not come"):
             ranks.all_reduce(torch.ones(3))
     finally:
         other.kill()

@@ -17,7 +17,7 @@ from runtime.model.cuda.paged_cache import pages_of_slot
 from runtime.model.directory import checked_model
 from runtime.step import Row
 from runtime.tokenizer import Tokenizer
-from runtime.workers.executor import MeshExecutor
+from runtime.workers.mesh_executor import MeshExecutor
 from runtime.workers.pool import ProcessPool
 from tests.runtime.engine.test_engine import PLAIN, make_prompts
 
@@ -77,9 +77,9 @@ def test_lookahead_parallel_replicas_share_the_rows(tiny_model):
         shares = []
         execute = executor.execute
 
-        def record(plan):
+        def record(plan, *rest):
             shares.append((plan.num_rows, *(len(plan.local_rows(replica)) for replica in range(2))))
-            return execute(plan)
+            return execute(plan, *rest)
 
         executor.execute = record
         engine.generate([PROMPTS[0]], SAMPLING["greedy"], LookaheadConfig(planner=False, window_size=12, ngram_size=4))
@@ -144,10 +144,10 @@ def test_each_source_set_and_budget_is_shared_by_eight_replicas(tiny_model, alon
     with Engine.from_config(config) as engine:
         execute = engine.executor.execute
 
-        def record(plan):
+        def record(plan, *rest):
             depth = np.ptp(plan.rows[:, Row.POSITION]) + 1 if plan.num_rows else 0
             shares.append((plan.num_rows, plan.most_local_rows(8), int(depth)))
-            return execute(plan)
+            return execute(plan, *rest)
 
         engine.executor.execute = record
         for sources in (("jacobi",), ("suffix",), ("recycle",), ("jacobi", "suffix", "recycle")):

@@ -28,7 +28,7 @@ from runtime import Engine, SamplingParams
 config = {"model": {"path": sys.argv[1]}, "lookahead": {"enabled": False}, "parallel": {"lp": 2}}
 engine = Engine.from_config(config)
 print(*engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=4, ignore_eos=True))[0].token_ids, flush=True)
-print(*[worker.pid for worker in engine.executor._pool._workers], flush=True)
+print(*[worker.pid for worker in engine.executor._pool._workers.values()], flush=True)
 """
 FORKED = """
 import os
@@ -103,4 +103,4 @@ def test_two_meshes_and_the_programs_own_group_in_one_process(tiny_model, tmp_pa
 def test_a_program_that_is_no_interpreter_is_refused_by_name(tiny_model, monkeypatch) -> None:
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     with pytest.raises(ConfigError, match="parallel.*set_executable"):
-        ProcessPool().start(make_config(tiny_model, lp=2), load_spec(tiny_model), "127.0.0.1", 1)
+        ProcessPool().open(make_config(tiny_model, lp=2), load_spec(tiny_model))

@@ -12,6 +12,7 @@ from runtime import Config, Engine, LookaheadConfig, SamplingParams
 from runtime.equality import Equality
 from runtime.model.spec import ModelSpec
 from runtime.workers.pool import WORKER_ENVIRONMENT
+from runtime.workers.roster import Place
 from tests.models import save_tiny_model
 from tests.oracles import Dense, seen
 from tests.runtime.engine.test_engine import PLAIN
@@ -38,6 +39,7 @@ class LastingPool:
     """Worker processes that serve one engine after the other: starting Python and torch takes longer than a test."""
 
     host = "127.0.0.1"
+    own_devices = False
 
     def __init__(self, num_processes: int) -> None:
         context = mp.get_context("spawn")
@@ -48,21 +50,27 @@ class LastingPool:
             process.start()
             self._processes.append(process)
             self._pipes.append(ours)
-        self._busy: list[Connection] = []
+        self._busy: dict[int, Connection] = {}
 
-    def start(self, config: Config, spec: ModelSpec, host: str, port: int) -> None:
-        self._busy = self._pipes[: config.parallel.num_workers]
-        for rank, pipe in enumerate(self._busy, start=1):
-            pipe.send((config, spec, rank, host, port))
+    def open(self, config: Config, spec: ModelSpec) -> None:
+        self._model = config, spec
 
-    def failure(self) -> str | None:
-        return next((problem for pipe in wait(self._busy, timeout=0) if (problem := pipe.recv())), None)
+    def start(self, place: Place) -> None:
+        pipe = self._busy[place.worker] = self._pipes[place.position]
+        pipe.send((*self._model, place))
+
+    def failures(self) -> dict[int, str]:
+        ended = wait(list(self._busy.values()), timeout=0)
+        return {number: str(pipe.recv()) for number, pipe in self._busy.items() if pipe in ended}
+
+    def end(self, worker: int) -> None:
+        raise AssertionError("every worker answers")
 
     def close(self) -> None:
-        for pipe in self._busy:
+        for pipe in self._busy.values():
             assert pipe.poll(30), "a worker does not end"
             assert pipe.recv() is None
-        self._busy = []
+        self._busy = {}
 
     def shut_down(self) -> None:
         for process in self._processes:

@@ -254,7 +254,7 @@ class ConverseResponse(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., turn_index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_accepted: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., is_kept: _Optional[bool] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_new_tokens", "num_steps", "tokens_per_step", "num_rows", "rows_per_step", "ttft_s", "latency_s", "kept_last", "kept_sum", "num_seen_tokens", "num_reused_tokens", "num_resumed_tokens")
+    __slots__ = ("num_prompt_tokens", "num_new_tokens", "num_steps", "tokens_per_step", "num_rows", "rows_per_step", "ttft_s", "latency_s", "kept_last", "kept_sum", "num_seen_tokens", "num_reused_tokens", "num_resumed_tokens", "queue_s")
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -268,6 +268,7 @@ class Usage(_message.Message):
     NUM_SEEN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_REUSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_RESUMED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_new_tokens: int
     num_steps: int
@@ -281,7 +282,8 @@ class Usage(_message.Message):
     num_seen_tokens: int
     num_reused_tokens: int
     num_resumed_tokens: int
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_new_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., tokens_per_step: _Optional[float] = ..., num_rows: _Optional[int] = ..., rows_per_step: _Optional[float] = ..., ttft_s: _Optional[float] = ..., latency_s: _Optional[float] = ..., kept_last: _Optional[float] = ..., kept_sum: _Optional[float] = ..., num_seen_tokens: _Optional[int] = ..., num_reused_tokens: _Optional[int] = ..., num_resumed_tokens: _Optional[int] = ...) -> None: ...
+    queue_s: float
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_new_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., tokens_per_step: _Optional[float] = ..., num_rows: _Optional[int] = ..., rows_per_step: _Optional[float] = ..., ttft_s: _Optional[float] = ..., latency_s: _Optional[float] = ..., kept_last: _Optional[float] = ..., kept_sum: _Optional[float] = ..., num_seen_tokens: _Optional[int] = ..., num_reused_tokens: _Optional[int] = ..., num_resumed_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

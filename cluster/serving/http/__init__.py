@@ -1,0 +1,1 @@
+"""The HTTP door: what OpenAI's clients speak, on the same engine."""
