@@ -23,6 +23,7 @@ ROOMS = {
         "streaming",
         "speed",
         "control",
+        "chaos",
         "conversation",
         "lossless",
         "roofline",

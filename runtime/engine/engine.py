@@ -98,6 +98,12 @@ class EngineStats:
         default_factory=lambda: dict.fromkeys(("plan", "broadcast", "forward", "gather", "verify"), 0.0)
     )
     """Where the steps' time went, by phase."""
+    num_replicas: int = 1
+    """That share the rows of a step now."""
+    num_lost: int = 0
+    """Workers that have died, or were given up."""
+    num_rereads: int = 0
+    """Times that nobody had the caches any more, and what ran was read again."""
 
 
 class Engine:
@@ -130,7 +136,7 @@ class Engine:
         self._closed = False
         self._is_timed = False  # the cost curve's seconds are such
         self._least_patience_s = LEAST_PATIENCE_S[pick_device(config, 0).type]
-        self._scheduler.num_replicas = executor.num_replicas
+        self._count_workers()
 
     @classmethod
     def from_config(
@@ -212,7 +218,7 @@ class Engine:
             self._caches_lost(error)
             return False
         finally:
-            self._scheduler.num_replicas = self.executor.num_replicas
+            self._count_workers()
         self._measuring = None
         curve = measurement.curve
         if measurement.spread > cost.STEADY or len(curve.rows) < 2:
@@ -465,7 +471,7 @@ class Engine:
         except CachesLostError as error:
             return outputs + self._caches_lost(error, [part.sequence for part in step.parts])
         finally:
-            self._scheduler.num_replicas = self.executor.num_replicas
+            self._count_workers()
         executed = time.perf_counter()
         outputs += self._verify(step, result, executed)
         ended = time.perf_counter()
@@ -474,6 +480,11 @@ class Engine:
             taken = planned - started + sum(result.seconds.values()) + ended - executed  # without a fault's pause
             self._scheduler.cost.observe(step.plan.num_rows, taken)
         return outputs
+
+    def _count_workers(self) -> None:
+        """A step may have found that some are gone, or have come."""
+        self._scheduler.num_replicas = self.stats.num_replicas = self.executor.num_replicas
+        self.stats.num_lost = self.executor.num_lost
 
     def _patience_s(self, num_rows: int) -> float:
         """How long a step of so many rows may take before ranks that do not answer are given up."""
@@ -484,6 +495,7 @@ class Engine:
         """Nobody has what was cached: it is read again. Nothing that was emitted is lost, or emitted twice. The request
         that is to blame, if it is known to be one of those whose step it was, is failed."""
         log.warning("%d requests are read again: %s", self.num_running, error)
+        self.stats.num_rereads += 1
         self.read_again()
         guilty = self._suspects.accuse([sequence.request.request_id for sequence in sequences]) if sequences else None
         if guilty is None:
@@ -501,7 +513,7 @@ class Engine:
         except CachesLostError as error:
             self._caches_lost(error)
         finally:
-            self._scheduler.num_replicas = self.executor.num_replicas
+            self._count_workers()
 
     def _drop_aborted(self) -> list[StepOutput]:
         dropped = self._scheduler.drop(self._aborted)

@@ -87,7 +87,14 @@ class ScriptedEngine:
         self.tokenizer = LetterTokenizer()
         self.capacity = SPEC.max_positions
         self.stats = SimpleNamespace(
-            num_steps=0, num_rows=0, num_tokens=0, num_requests=0, seconds={"plan": 0.0, "forward": 0.0}
+            num_steps=0,
+            num_rows=0,
+            num_tokens=0,
+            num_requests=0,
+            seconds={"plan": 0.0, "forward": 0.0},
+            num_replicas=1,
+            num_lost=0,
+            num_rereads=0,
         )
         self.gate = threading.Event()
         """Steps wait here."""
