@@ -107,6 +107,12 @@ class Message(Part):
     """Of a tool: which call it answers."""
     refused: str | None = Field(default=None, alias="refusal")
     """Ignored, as answers of other servers have it."""
+    audio: None = None
+    """There is text only; nor are there the next two, which earlier answers may bring along empty."""
+    annotations: tuple[()] | None = None
+    """Empty."""
+    function_call: None = None
+    """Earlier name of tool_calls."""
 
 
 class Function(Part):
@@ -174,6 +180,8 @@ class StreamOptions(Part):
 
     include_usage: bool | None = None
     """A last chunk without choices has the usage."""
+    continuous_usage_stats: bool | None = None
+    """Every chunk has the usage so far."""
     include_obfuscation: bool | None = None
     """Ignored: nothing is added to chunks."""
 

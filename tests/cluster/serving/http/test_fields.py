@@ -220,14 +220,6 @@ def test_what_is_no_call_is_told_so_in_the_same_form(http: httpx.Client, status:
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_an_id_that_runs_is_a_conflict(http: httpx.Client) -> None:
-    body = {"prompt": "abc", "stream": True, "max_tokens": 400, "ignore_eos": True, "request_id": "same"}
-    with http.stream("POST", TEXT, json=body) as first:
-        next(first.iter_lines())
-        again = http.post(TEXT, json=body | {"stream": False})
-    assert again.status_code == 409 and again.json()["error"]["param"] == "request_id"
-
-
 def test_the_schema_is_a_schema(http: httpx.Client) -> None:
     from jsonschema import Draft202012Validator
 
