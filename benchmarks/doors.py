@@ -48,9 +48,11 @@ print(json.dumps(times))
 def main(
     rounds: Annotated[int, typer.Option(help="Streams over each door.")] = 6,
     tokens: Annotated[int, typer.Option(help="Of each stream.")] = 128,
+    model: Annotated[str, typer.Option(help="A model's directory.")] = "",
 ) -> None:
     """Measure both doors."""
-    config = Config.load(None, ["server.port=0", "server.http_port=0", "lookahead.enabled=false"])
+    settings = ["server.port=0", "server.http_port=0", "lookahead.enabled=false"]
+    config = Config.load(None, [*settings, *([f"model.path={model}"] if model else [])])
     delays: dict[str, list[float]] = {"grpc": [], "http": []}
     with Engine.from_config(config) as engine:
         given = _timed(engine)

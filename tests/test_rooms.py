@@ -28,6 +28,7 @@ ROOMS = {
         "roofline",
         "overhead",
         "bigrams",
+        "doors",
         "",
     ),
 }
