@@ -29,6 +29,7 @@ ROOMS = {
         "roofline",
         "overhead",
         "bigrams",
+        "doors",
         "",
     ),
 }

@@ -114,7 +114,9 @@ class Envelope:
         shown: Json = {"index": piece.index, "logprobs": piece.logprobs, "finish_reason": piece.finish_reason}
         shown |= {"delta": piece.content} if self._asked.is_chat else piece.content
         chunk = {**self._chunk, "choices": [shown], "outrider": piece.outrider}
-        if self._asked.include_usage:
+        if self._asked.running_usage:
+            chunk["usage"] = self.usage
+        elif self._asked.include_usage:
             chunk["usage"] = None
         return event(chunk)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import ssl
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -288,3 +289,29 @@ def test_certificates_that_cannot_be_used_are_refused_by_name(authority: Path, t
         words = [f"server.tls.{name}={path}" for name, path in zip(("cert", "key", "client_ca"), given, strict=True)]
         with pytest.raises(ConfigError, match=named):
             read_certificates(settings(*[word for word in words if not word.endswith("=None")]).server)
+
+
+# At the command line
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "cluster.cli", *words], capture_output=True, text=True, timeout=60)
+
+
+def test_the_command_line_brings_a_token_from_a_file(server: ServerThread, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    words = ("generate", "--raw", "--max-new-tokens", "3", "--address", server.address)
+    assert run(*words, "--token-file", str(tmp_path / "token"), "A").stdout == "BCD\n"
+    refused = run(*words, "A")
+    assert refused.returncode == 1 and "UNAUTHENTICATED" in refused.stderr
+    (tmp_path / "token").write_text("two words")
+    refused = run(*words, "--token-file", str(tmp_path / "token"), "A")
+    assert refused.returncode == 2 and "--token-file" in refused.stderr and "two words" not in refused.stderr
+    refused = run("generate", "--token-file", str(tmp_path / "token"), "A")
+    assert refused.returncode == 2 and "--address" in refused.stderr
+
+
+def test_serve_refuses_an_open_address_before_it_loads_anything() -> None:
+    refused = run("serve", "--set", "server.host=0.0.0.0", "--set", "server.port=0", "--set", "server.http_port=0")
+    assert refused.returncode == 2 and "server.host" in refused.stderr and "server.insecure" in refused.stderr
+    assert refused.stdout == ""
