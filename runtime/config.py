@@ -516,6 +516,22 @@ class LimitsConfig(Section):
     """Tokens of prompts and answers that one token may use, on average; as many may come at once. null: no limit."""
 
 
+class KeepaliveConfig(Section):
+    """Pings that find a client which has vanished without a word, and how long a connection may last."""
+
+    time_s: float = Field(default=30.0, gt=0, le=1e6)
+    """Silence on a connection after which the server pings the client."""
+    timeout_s: float = Field(default=10.0, gt=0, le=1e6)
+    """How long it waits for the answer; then the connection's calls are cancelled."""
+    least_interval_s: float = Field(default=0.0, ge=0, le=1e6)
+    """A client that pings more often than this, three times, is cut off (`too_many_pings`); 0: none is."""
+    max_connection_idle_s: float | None = Field(default=None, gt=0, le=1e6)
+    """A connection without calls is closed after so long; null: never."""
+    max_connection_age_s: float | None = Field(default=None, gt=0, le=1e6)
+    """After so long a client is asked to connect anew, so that a balancer can send it elsewhere; its calls end
+    first. null: never."""
+
+
 class ServerConfig(Section):
     host: str = Field(default="127.0.0.1", min_length=1)
     """An address or a name of this machine. 0.0.0.0 and :: are all of its addresses. Where others can reach it, it
@@ -550,6 +566,10 @@ class ServerConfig(Section):
     restarts: int = Field(default=10, ge=0)
     """How often in a row, with growing pauses, `outrider serve` starts the server again when it ends unasked; 0: it
     runs without a supervisor."""
+    compression: Literal["none", "deflate", "gzip"] = "none"
+    """Of gRPC's responses. One step's are too small to gain; compressed requests are taken always."""
+    keepalive: KeepaliveConfig = KeepaliveConfig()
+    """gRPC's pings and the age of connections."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -234,4 +234,4 @@ class ScriptedEngine:
         self.stats.num_tokens += len(run)
         if reason is not None:
             del self._sequences[request.request_id]
-        return StepOutput(request.request_id, tuple(run), sequence.usage, reason)
+        return StepOutput(request.request_id, tuple(run), sequence.usage, reason, index=request.index)
