@@ -470,9 +470,8 @@ class Engine:
         outputs += self._verify(step, result, executed)
         ended = time.perf_counter()
         self._account(step.plan, result.seconds, plan=planned - started, verify=ended - executed)
-        if step.is_decoding:
-            taken = planned - started + sum(result.seconds.values()) + ended - executed  # without a fault's pause
-            self._scheduler.cost.observe(step.plan.num_rows, taken)
+        taken = planned - started + sum(result.seconds.values()) + ended - executed  # without a fault's pause
+        self._scheduler.observe(step, taken)
         return outputs
 
     def _patience_s(self, num_rows: int) -> float:
@@ -603,7 +602,7 @@ class Engine:
             bytes_per_token=spec.num_layers * bytes_per_layer,
             bytes_per_sequence=sum(size * kind.max_stored + size // 2 * kind.max_turned for size, kind in kinds),
             bytes_staged=config.scheduler.max_rows * spec.num_layers * bytes_per_layer,
-            num_slots=config.scheduler.max_sequences,
+            num_slots=config.scheduler.num_slots,
             tokens_per_sequence=self.capacity if config.cache.policy == "full" or config.cache.full_layers else None,
             max_stored_tokens=max(kind.max_stored for _, kind in kinds),
         )
@@ -630,7 +629,7 @@ class Engine:
         with self._expecting(runs):
             while pending or any(not run or run[-1].finish_reason is None for run in runs.values()):
                 with self._turn:
-                    while pending and self.num_waiting + self.num_running < self.config.scheduler.max_sequences:
+                    while pending and self.num_waiting + self.num_running < self.config.scheduler.num_slots:
                         self.add_request(pending.popleft())
                     for output in self._next_of(runs):
                         runs[output.request_id].append(output)
