@@ -14,7 +14,8 @@ INT_MAX = 2**31 - 1
 
 
 def server(config: ServerConfig, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> grpc.aio.Server:
-    """A server without services or ports, whose calls pass the interceptors. It must be made in the event loop that it is to run in."""
+    """A server without services or ports, whose calls pass the interceptors. It must be made in the event loop that it
+    is to run in."""
     compression = COMPRESSIONS[config.compression]
     return grpc.aio.server(interceptors=interceptors, options=options(config), compression=compression)
 

@@ -49,6 +49,7 @@ from runtime.request import (
     Past,
     Prompt,
     Request,
+    SlotReport,
     StepOutput,
     TokenLogprobs,
     ToolChat,
@@ -536,6 +537,7 @@ class Engine:
                         reason,
                         index=sequence.request.index,
                         is_stopped=sequence.is_stopped,
+                        sources=tuple(sequence.accepted),
                         logprobs=of_tokens,
                         prompt_logprobs=of_prompt,
                         failure=failure,
@@ -587,7 +589,11 @@ class Engine:
         most = max(group.new().max_stored for group in self._scheduler.layer_groups)
         held = [*self._scheduler.running.values(), *filter(None, list(self._scheduler.sessions.values()))]
         kept = sum(min(sequence.num_cached, most) for sequence in {id(each): each for each in held}.values())
-        return kept / (most * self.config.scheduler.max_sequences)
+        return kept / (most * self.config.scheduler.num_slots)
+
+    def slots(self) -> list[SlotReport]:
+        """What the cache's slots hold now. Safe from any thread."""
+        return self._scheduler.slots()
 
     def cache_report(self) -> CacheReport:
         """What the KV cache takes on the most loaded worker."""

@@ -20,7 +20,7 @@ from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.sequence import Sequence, StepRows, Watch
 from runtime.mesh.device import pick_device
 from runtime.model.spec import ModelSpec
-from runtime.request import Past, Request, Usage
+from runtime.request import Past, Request, SlotReport, Usage
 from runtime.retention import Ledger, layer_groups
 from runtime.step import FOREVER, MASK_WORDS, Bias, Int32, Seq, StepPlan
 from runtime.tuning.cost import RunningCost, assumed
@@ -107,6 +107,17 @@ class Scheduler:
             self._leave(sequence)
         live = (*self.waiting, *(sequence.request for sequence in self.running.values()))
         return next((request.request_id for request in live if request.session_id == session_id), None)
+
+    def slots(self) -> list[SlotReport]:
+        """What the slots hold now. Safe from any thread: the dictionaries are copied at once."""
+        most = max(group.new().max_stored for group in self.layer_groups)
+        found = {slot: SlotReport(slot, "left", min(length, most)) for slot, length in self._texts.lengths().items()}
+        for sequence in list(self.sessions.values()):
+            if sequence is not None:
+                found[sequence.slot] = SlotReport(sequence.slot, "held", min(sequence.num_cached, most))
+        for sequence in list(self.running.values()):
+            found[sequence.slot] = SlotReport(sequence.slot, "running", min(sequence.num_cached, most))
+        return [found[slot] for slot in sorted(found)]
 
     def make_ledger(self) -> Ledger:
         """An account for a new sequence."""

@@ -138,3 +138,25 @@ def test_requests_that_wait_for_memory_are_answered_all_the_same(tiny_model: Pat
                 runs[output.request_id] += output.token_ids
             assert engine.num_running <= ALWAYS
         assert [tuple(run) for run in runs.values()] == expected and len(memory._written) == ALWAYS
+
+
+def test_accepted_tokens_say_who_proposed_them_and_slots_what_they_hold(tiny_model: Path) -> None:
+    unplanned = {**LOOKAHEAD, "planner": False, "row_budget": 24}
+    with Engine.from_config(config_of(tiny_model, lookahead=unplanned)) as engine:
+        session = engine.open_session()
+        repeated = [*range(60, 80)] * 4
+        outputs = list(engine.stream(repeated, {"max_new_tokens": 24, "logit_bias": {65: 50.0}}, session=session))
+        assert sum(len(output.sources) for output in outputs) == 24 - len(outputs) > 0
+        for output in outputs:
+            assert len(output.sources) == max(len(output.token_ids) - 1, 0)
+            assert all(names and set(names) <= set(LOOKAHEAD["sources"]) for names in output.sources)
+        (held,) = engine.slots()
+        assert (held.state, held.num_tokens) == ("held", 80 + 23)  # the last token waits uncached
+        engine.close_session(session)
+        assert [slot.state for slot in engine.slots()] == ["left"]
+        request = engine.make_request([5, 6, 7], {"max_new_tokens": 3})
+        engine.add_request(request)
+        engine.step()
+        assert {slot.state for slot in engine.slots()} == {"left", "running"}
+        engine.abort(request.request_id)
+        engine.step()
