@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,12 +12,12 @@ from typing import Any, Protocol
 import httpx2
 
 from cluster.cli.batch.records import Record
+from cluster.client.access import Access
+from cluster.client.address import is_here
 from cluster.client.async_client import AsyncClient
 from cluster.wire.statuses import CallError
 from runtime.errors import ConfigError, InvalidRequestError, OutriderError
 from runtime.prompts import kind_of
-
-TOKEN_VARIABLES = ("OUTRIDER_TOKEN", "OPENAI_API_KEY")
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,19 @@ class HttpTarget:
     def __init__(self, url: str, model: str | None) -> None:
         """`url` may end in /v1. Raises ConfigError where it is none."""
         base = url.rstrip("/").removesuffix("/v1")
-        token = next((value for name in TOKEN_VARIABLES if (value := os.environ.get(name))), None)
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        access = Access.of({"token": os.environ.get("OUTRIDER_TOKEN") or os.environ.get("OPENAI_API_KEY")})
+        headers = {"Authorization": f"Bearer {access.token}"} if access.token else {}
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         try:
-            self._client = httpx2.AsyncClient(base_url=base, headers=headers, timeout=None, limits=limits)
-        except httpx2.InvalidURL as error:
-            raise ConfigError("--url", url, f"is no URL ({error})", "Write http://HOST:PORT.") from error
+            parsed = httpx2.URL(base)
+            if parsed.scheme == "http" and access.token and not is_here(f"{parsed.host}:{parsed.port or 80}"):
+                problem, remedy = "would get the token without TLS", "Give an https:// URL, or call through a tunnel."
+                raise ConfigError("--url", url, problem, remedy)
+            self._client = httpx2.AsyncClient(
+                base_url=base, headers=headers, timeout=None, limits=limits, verify=_trusted(access)
+            )
+        except (httpx2.InvalidURL, OSError) as error:
+            raise ConfigError("--url", url, f"cannot be called ({error})", "Write http://HOST:PORT.") from error
         self._model = model
 
     async def answer(self, record: Record) -> AsyncIterator[Piece]:
@@ -116,6 +123,15 @@ class HttpTarget:
         except (ValueError, LookupError, TypeError):
             problem = f"/v1/models names no model (HTTP {response.status_code}); name one with --model"
             raise AnswerError(f"HTTP {response.status_code}", problem) from None
+
+
+def _trusted(access: Access) -> ssl.SSLContext:
+    """Whose certificates are believed, and which is shown: the environment's, as for gRPC."""
+    authority = access.tls_ca if access.tls_ca != "system" else None
+    context = ssl.create_default_context(cafile=authority)
+    if access.tls_cert is not None:
+        context.load_cert_chain(access.tls_cert, access.tls_key)
+    return context
 
 
 def make_target(url: str, model: str | None) -> Target:

@@ -282,6 +282,13 @@ def test_nobody_there(prompts: Path) -> None:
         ask("http://[::1", source=prompts)
 
 
+def test_a_token_goes_to_no_other_machine_in_the_clear(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-token")
+    with pytest.raises(ConfigError, match="without TLS") as caught:
+        ask("http://192.0.2.1:8000", source=prompts)
+    assert "secret-token" not in str(caught.value)
+
+
 def test_a_server_that_counts_no_tokens_cannot_be_given_lengths() -> None:
     with Scripted([(0.0, chunk("a", "stop")), (0.0, DONE)]) as url, pytest.raises(ConfigError, match="does not count"):
         ask(url)
