@@ -179,9 +179,17 @@ class Scripted:
         return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     def __exit__(self, *_: object) -> None:
-        self._events.call_soon_threadsafe(self._server.close)
+        asyncio.run_coroutine_threadsafe(self._end(), self._events).result(10)
         self._events.call_soon_threadsafe(self._events.stop)
         self._thread.join(10)
+        self._events.close()
+
+    async def _end(self) -> None:
+        self._server.close()
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
 
 
 def sse(chunk: Any) -> bytes:
