@@ -24,6 +24,8 @@ ROOMS = {
         "speed",
         "control",
         "conversation",
+        "streams",
+        "chaos",
         "lossless",
         "roofline",
         "overhead",
