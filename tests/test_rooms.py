@@ -25,6 +25,8 @@ ROOMS = {
         "control",
         "chaos",
         "conversation",
+        "streams",
+        "chaos",
         "lossless",
         "roofline",
         "overhead",

@@ -49,6 +49,7 @@ from runtime.request import (
     Past,
     Prompt,
     Request,
+    SlotReport,
     StepOutput,
     TokenLogprobs,
     ToolChat,
@@ -476,9 +477,8 @@ class Engine:
         outputs += self._verify(step, result, executed)
         ended = time.perf_counter()
         self._account(step.plan, result.seconds, plan=planned - started, verify=ended - executed)
-        if step.is_decoding:
-            taken = planned - started + sum(result.seconds.values()) + ended - executed  # without a fault's pause
-            self._scheduler.cost.observe(step.plan.num_rows, taken)
+        taken = planned - started + sum(result.seconds.values()) + ended - executed  # without a fault's pause
+        self._scheduler.observe(step, taken)
         return outputs
 
     def _count_workers(self) -> None:
@@ -549,6 +549,7 @@ class Engine:
                         reason,
                         index=sequence.request.index,
                         is_stopped=sequence.is_stopped,
+                        sources=tuple(sequence.accepted),
                         logprobs=of_tokens,
                         prompt_logprobs=of_prompt,
                         failure=failure,
@@ -600,7 +601,11 @@ class Engine:
         most = max(group.new().max_stored for group in self._scheduler.layer_groups)
         held = [*self._scheduler.running.values(), *filter(None, list(self._scheduler.sessions.values()))]
         kept = sum(min(sequence.num_cached, most) for sequence in {id(each): each for each in held}.values())
-        return kept / (most * self.config.scheduler.max_sequences)
+        return kept / (most * self.config.scheduler.num_slots)
+
+    def slots(self) -> list[SlotReport]:
+        """What the cache's slots hold now. Safe from any thread."""
+        return self._scheduler.slots()
 
     def cache_report(self) -> CacheReport:
         """What the KV cache takes on the most loaded worker."""
@@ -615,7 +620,7 @@ class Engine:
             bytes_per_token=spec.num_layers * bytes_per_layer,
             bytes_per_sequence=sum(size * kind.max_stored + size // 2 * kind.max_turned for size, kind in kinds),
             bytes_staged=config.scheduler.max_rows * spec.num_layers * bytes_per_layer,
-            num_slots=config.scheduler.max_sequences,
+            num_slots=config.scheduler.num_slots,
             tokens_per_sequence=self.capacity if config.cache.policy == "full" or config.cache.full_layers else None,
             max_stored_tokens=max(kind.max_stored for _, kind in kinds),
         )
@@ -642,7 +647,7 @@ class Engine:
         with self._expecting(runs):
             while pending or any(not run or run[-1].finish_reason is None for run in runs.values()):
                 with self._turn:
-                    while pending and self.num_waiting + self.num_running < self.config.scheduler.max_sequences:
+                    while pending and self.num_waiting + self.num_running < self.config.scheduler.num_slots:
                         self.add_request(pending.popleft())
                     for output in self._next_of(runs):
                         runs[output.request_id].append(output)

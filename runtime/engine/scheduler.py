@@ -12,14 +12,15 @@ import numpy as np
 from runtime import core
 from runtime.config import Config
 from runtime.core import CandidateTree, Constraint, SequenceRows
-from runtime.engine.memory import PageMemory
+from runtime.engine.chunks import Chunks
+from runtime.engine.memory import memory_of
 from runtime.engine.reuse import Place, TextsLeft
 from runtime.errors import ResourceExhaustedError
 from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.sequence import Sequence, StepRows, Watch
 from runtime.mesh.device import pick_device
 from runtime.model.spec import ModelSpec
-from runtime.request import Past, Request, Usage
+from runtime.request import Past, Request, SlotReport, Usage
 from runtime.retention import Ledger, layer_groups
 from runtime.step import FOREVER, MASK_WORDS, Bias, Int32, Seq, StepPlan
 from runtime.tuning.cost import RunningCost, assumed
@@ -75,7 +76,9 @@ class Scheduler:
         """What lookahead learns, shared by the sequences that do not want their own."""
         self.cost = RunningCost(assumed(config.scheduler.max_rows), config.scheduler.max_rows)
         """What a step costs by its rows."""
-        self.memory = PageMemory(num_pages, self.layer_groups, config.scheduler.max_rows)
+        self.chunks = Chunks(config.scheduler)
+        """How much of a prompt is read beside running answers."""
+        self.memory = memory_of(config, spec, self.layer_groups, num_pages)
         self._emptied: dict[int, None] = {}  # slots given away since the last plan, or whose memory others may have
         self._reused: list[tuple[int, int, int]] = []  # of slots given away, lines of StepPlan.reuses
         self._texts = TextsLeft()
@@ -104,6 +107,17 @@ class Scheduler:
             self._leave(sequence)
         live = (*self.waiting, *(sequence.request for sequence in self.running.values()))
         return next((request.request_id for request in live if request.session_id == session_id), None)
+
+    def slots(self) -> list[SlotReport]:
+        """What the slots hold now. Safe from any thread: the dictionaries are copied at once."""
+        most = max(group.new().max_stored for group in self.layer_groups)
+        found = {slot: SlotReport(slot, "left", min(length, most)) for slot, length in self._texts.lengths().items()}
+        for sequence in list(self.sessions.values()):
+            if sequence is not None:
+                found[sequence.slot] = SlotReport(sequence.slot, "held", min(sequence.num_cached, most))
+        for sequence in list(self.running.values()):
+            found[sequence.slot] = SlotReport(sequence.slot, "running", min(sequence.num_cached, most))
+        return [found[slot] for slot in sorted(found)]
 
     def make_ledger(self) -> Ledger:
         """An account for a new sequence."""
@@ -173,7 +187,13 @@ class Scheduler:
             return bool(self.running)
         if any(map(self._conversation_of, self.waiting)):
             return True
-        return len(self._held) < self.config.scheduler.max_sequences and self.memory.fits(self.waiting[0])
+        return bool(self.memory.among(self._free, self.waiting[0]))
+
+    @property
+    def _free(self) -> list[int]:
+        """Slots that a new sequence may come into."""
+        held = self._held
+        return [slot for slot in range(self.config.scheduler.num_slots) if slot not in held]
 
     @property
     def _held(self) -> set[int]:
@@ -182,11 +202,11 @@ class Scheduler:
 
     def why_waiting(self) -> ResourceExhaustedError:
         """What the queue waits for where nothing runs."""
-        if len(self._held) < self.config.scheduler.max_sequences:
+        if len(self._held) < self.config.scheduler.num_slots:
             problem, remedy = "open conversations hold the memory that it takes", "Close one first, or lower it."
             return ResourceExhaustedError("cache.capacity", self.capacity, problem, remedy)
         problem, remedy = "open conversations hold every slot", "Close one first, or raise it."
-        return ResourceExhaustedError("scheduler.max_sequences", self.config.scheduler.max_sequences, problem, remedy)
+        return ResourceExhaustedError("scheduler.max_sequences", self.config.scheduler.num_slots, problem, remedy)
 
     def admit(self) -> list[Request]:
         """Give the free slots to waiting requests, first come, first served; a conversation goes on in its own. Where
@@ -196,8 +216,7 @@ class Scheduler:
         """
         if not self.waiting:
             return []
-        held = self._held
-        free = deque(slot for slot in range(self.config.scheduler.max_sequences) if slot not in held)
+        free = self._free
         refused: list[Request] = []
         waiting, self.waiting = self.waiting, deque()
         for request in waiting:
@@ -209,10 +228,10 @@ class Scheduler:
                     refused.append(request)
                 else:
                     self.running[sequence.slot] = sequence
-            elif free and not self.memory.fits(request):
+            elif free and not (roomy := self.memory.among(free, request)):
                 free.clear()
                 self.waiting.append(request)
-            elif free and (place := self._place(request, free)) is not None:
+            elif free and (place := self._place(request, roomy)) is not None:
                 slot = place.slot
                 free.remove(slot)
                 self._texts.take(slot)
@@ -248,8 +267,8 @@ class Scheduler:
         """The next step: every running sequence's rows, in slot order, or those of one request `alone`. None if there
         are none.
 
-        Each sequence's first uncached token has its row before anything else; then prompts take up to
-        half the step while others decode, all of it otherwise; guesses share the rest evenly.
+        Each sequence's first uncached token has its row before anything else; then prompts take what `Chunks` gives
+        them while others decode, all of it otherwise; guesses share the rest evenly.
         """
         sequences = [self.running[slot] for slot in sorted(self.running)]
         if alone is not None:
@@ -261,9 +280,15 @@ class Scheduler:
         prompts = num_prompts = len(uncached) - uncached.count(1)
         prompt_rows = 0
         if prompts:
-            limit = max_rows if prompts == len(sequences) else max(max_rows // 2, prompts)
+            limit = max_rows
+            if prompts < len(sequences):
+                limit = max(self.chunks.most_rows(len(sequences) - prompts, self.cost.seconds), prompts)
             prompt_rows = min(sum(count for count in uncached if count > 1), limit)
         guess_rows = (max_rows - (len(sequences) - prompts) - prompt_rows) // len(sequences)
+        if 0 < prompts < len(sequences):
+            guess_rows = min(
+                guess_rows, self.chunks.guess_rows
+            )  # a longer step makes more guesses pay, and is longer still
         num_bound = sum(sequence.constraint is not None for sequence in sequences)
         mask_room = MASK_WORDS // (-(-self.spec.vocab_size // 32) * max(num_bound, 1))
         steps: list[StepRows] = []
@@ -299,10 +324,19 @@ class Scheduler:
         num_replicas = self.num_replicas
         if trees and num_replicas > 1 and not self.cost.shares[num_rows]:
             num_replicas = 1
+        if not num_prompts:
+            self.chunks.decoded(num_rows, len(sequences))
         plan = self._assemble(parts, num_replicas)
         if num_bound:
             _bind(plan, parts, steps)
         return Step(plan, parts, is_decoding=num_prompts == 0)
+
+    def observe(self, step: Step, seconds: float) -> None:
+        """The step took this long, planning and verification included."""
+        if step.is_decoding:
+            self.cost.observe(step.plan.num_rows, seconds)
+        else:
+            self.chunks.observe(seconds, self.cost.seconds[step.plan.num_rows])
 
     def _assemble(self, parts: list[Part], num_replicas: int) -> StepPlan:
         sequences = [part.sequence for part in parts]

@@ -68,7 +68,8 @@ def test_without_a_token_nothing_but_health_answers_over_http(server: ServerThre
             for path in ("/v1/completions", "/v1/chat/completions"):
                 assert http.post(path, json=BODY, headers=headers).status_code == 401
         assert http.post("/v1/completions", json=BODY, headers=bearer(TOKEN)).status_code == 200
-        assert http.get("/v1/models", auth=("anyone", TOKEN)).status_code == 200  # as a browser sends it
+        for path in ("/v1/models", "/", "/page/main.js"):
+            assert http.get(path, auth=("anyone", TOKEN)).status_code == 200  # as a browser sends it
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=TOKEN) as client:
         assert client.completions.create(model="letters", **BODY).choices[0].text == "BCD"
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=f"{TOKEN}x", max_retries=0) as client:
