@@ -5,8 +5,8 @@ import outrider
 with outrider.Engine.from_config({"parallel": {"lp": 2}}) as engine:
     print(engine.generate("Once upon a time", outrider.SamplingParams(max_new_tokens=32))[0].text)
 
-`Engine` decodes in this process and its workers; `Client` asks a server. Each name is imported when it is first used:
-a client needs no torch.
+`Engine` decodes in this process and its workers; `Client` and `AsyncClient` ask a server. Each name is imported when it
+is first used: a client needs no torch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from runtime import __version__
 
 if TYPE_CHECKING:
+    from cluster.client.async_client import AsyncClient
     from cluster.client.client import Client
     from cluster.wire.answers import Answer, Chunk
     from cluster.wire.statuses import CallError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from runtime.request import Completion, FinishReason, StepOutput, TokenLogprobs, Usage
 
 _HOMES = {
+    "cluster.client.async_client": ("AsyncClient",),
     "cluster.client.client": ("Client",),
     "cluster.wire.answers": ("Answer", "Chunk"),
     "cluster.wire.statuses": ("CallError",),
@@ -46,6 +48,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Answer",
+    "AsyncClient",
     "CallError",
     "Chunk",
     "Client",

@@ -167,7 +167,7 @@ class LookaheadConfig(Section):
     share: bool = True
     """Learn from, and for, the engine's other sequences: `recycle`'s tables and the acceptance probabilities. One
     client's text then influences how many steps another's takes, never its tokens."""
-    row_budget: int | None = Field(default=None, ge=1)
+    row_budget: int | None = Field(default=None, ge=1, lt=2**31)
     """Most rows of one sequence in a step (current token, window and tree). null: with the planner, as many as pay;
     without it, the window and G candidates of N-1 tokens."""
     pool_from_prompt: bool = True
@@ -349,11 +349,20 @@ CACHE_DEFAULTS: dict[tuple[str, str | None], dict[str, Any]] = {
 """The settings of each (policy, design), with their defaults."""
 
 
+MOST_SLOTS = 64
+"""Sequences at a time where nothing else is said."""
+
+
 class SchedulerConfig(Section):
-    max_sequences: int = Field(default=8, ge=1, le=256)
-    """Sequences decoded at the same time, each in a cache slot of its own."""
+    max_sequences: int | None = Field(default=None, ge=1, le=256)
+    """Sequences decoded at the same time, each in a cache slot of its own; null is 64, or half of max_rows where that
+    is fewer. On CPUs a slot takes memory as it fills, and slots beyond the first 8 are given away while all together
+    take at most half of the machine's memory."""
     max_rows: int = Field(default=512, ge=16, le=8192)
     """Most rows in one step over all sequences, prefill included."""
+    max_stall: float = Field(default=2.0, gt=1.0, le=1000.0)
+    """A step in which a prompt is read beside running answers may take this many times as long as one without: less
+    keeps answers even, more begins new ones sooner."""
     max_waiting: int = Field(default=1024, ge=0)
     """Requests that may wait for a slot; one more is refused (RESOURCE_EXHAUSTED)."""
     prefix_reuse: bool = True
@@ -363,9 +372,14 @@ class SchedulerConfig(Section):
     """Conversations that may hold a slot between their turns; null is one fewer than max_sequences, but at least 1."""
 
     @property
+    def num_slots(self) -> int:
+        """`max_sequences`, its default filled in."""
+        return self.max_sequences or min(MOST_SLOTS, self.max_rows // 2)
+
+    @property
     def session_limit(self) -> int:
         """`max_sessions`, its default filled in."""
-        return self.max_sessions or max(1, self.max_sequences - 1)
+        return self.max_sessions or max(1, self.num_slots - 1)
 
 
 MOST_BARRED = 512
@@ -382,13 +396,13 @@ class SamplingParams(Section):
 
     refusal = InvalidRequestError
 
-    max_new_tokens: int = Field(default=128, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1, lt=2**31)
     """Most tokens to generate."""
-    min_new_tokens: int = Field(default=0, ge=0)
+    min_new_tokens: int = Field(default=0, ge=0, lt=2**31)
     """Before so many tokens no end token of the model and no stop token is chosen."""
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
     """0 is greedy."""
-    top_k: int = Field(default=0, ge=0)
+    top_k: int = Field(default=0, ge=0, lt=2**31)
     """Sample among the k likeliest tokens; 0 is off."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Sample among the likeliest tokens that together reach this probability."""
@@ -516,6 +530,22 @@ class LimitsConfig(Section):
     """Tokens of prompts and answers that one token may use, on average; as many may come at once. null: no limit."""
 
 
+class KeepaliveConfig(Section):
+    """Pings that find a client which has vanished without a word, and how long a connection may last."""
+
+    time_s: float = Field(default=30.0, gt=0, le=1e6)
+    """Silence on a connection after which the server pings the client."""
+    timeout_s: float = Field(default=10.0, gt=0, le=1e6)
+    """How long it waits for the answer; then the connection's calls are cancelled."""
+    least_interval_s: float = Field(default=0.0, ge=0, le=1e6)
+    """A client that pings more often than this, three times, is cut off (`too_many_pings`); 0: none is."""
+    max_connection_idle_s: float | None = Field(default=None, gt=0, le=1e6)
+    """A connection without calls is closed after so long; null: never."""
+    max_connection_age_s: float | None = Field(default=None, gt=0, le=1e6)
+    """After so long a client is asked to connect anew, so that a balancer can send it elsewhere; its calls end
+    first. null: never."""
+
+
 class ServerConfig(Section):
     host: str = Field(default="127.0.0.1", min_length=1)
     """An address or a name of this machine. 0.0.0.0 and :: are all of its addresses. Where others can reach it, it
@@ -555,6 +585,10 @@ class ServerConfig(Section):
     restarts: int = Field(default=10, ge=0)
     """How often in a row, with growing pauses, `outrider serve` starts the server again when it ends unasked; 0: it
     runs without a supervisor."""
+    compression: Literal["none", "deflate", "gzip"] = "none"
+    """Of gRPC's responses. One step's are too small to gain; compressed requests are taken always."""
+    keepalive: KeepaliveConfig = KeepaliveConfig()
+    """gRPC's pings and the age of connections."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -634,7 +668,7 @@ class Config(Tree):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.scheduler.max_rows < 2 * self.scheduler.max_sequences:
+        if self.scheduler.max_rows < 2 * self.scheduler.num_slots:
             raise ValueError(
                 f"scheduler.max_rows: {self.scheduler.max_rows} rows are too few for "
                 f"{self.scheduler.max_sequences} sequences; raise it to at least twice scheduler.max_sequences"

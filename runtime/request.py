@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from runtime.config import LookaheadConfig, SamplingParams
 from runtime.errors import OutriderError
@@ -204,6 +204,8 @@ class StepOutput:
     """Which of the request's n answers it belongs to; each has a last output of its own."""
     is_stopped: bool = False
     """The finish reason is STOP because the last token's text completed a stop string."""
+    sources: tuple[tuple[str, ...], ...] = ()
+    """Of each token but the last, which were accepted candidates: the sources that had proposed it."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """Of the tokens, where the request wants them."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
@@ -239,6 +241,17 @@ class CacheReport:
     """Most tokens of a sequence; None: there is no fixed number."""
     max_stored_tokens: int
     """Most tokens that stay stored in a layer of one sequence."""
+
+
+@dataclass(frozen=True)
+class SlotReport:
+    """A cache slot that is in use."""
+
+    slot: int
+    state: Literal["running", "held", "left"]
+    """It runs; a conversation holds it between turns; it is free, but its text may be reused."""
+    num_tokens: int
+    """Tokens that stand in it, in the layer that keeps most."""
 
 
 @dataclass(frozen=True)

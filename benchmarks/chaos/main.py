@@ -74,7 +74,7 @@ def main(
             reports.append(servers.disturb(options, config, asked, expected, server_kills, choice, count))
             stderr.print(f"server: {reports[-1].verdict}")
     rows = [row for report in reports for row in report.rows()]
-    columns = ("mesh", "fault", "how many", "until an answer goes on, s", "longest, s")
+    columns = ("mesh", "fault", "how many", "pause of all answers, s", "longest, s")
     print_table(
         "what faults cost",
         columns,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -83,21 +85,18 @@ class Report:
     streams: list[Stream] = field(default_factory=list)
     verdict: Verdict = field(default_factory=Verdict)
 
-    def pauses(self, fault: Fault) -> list[float]:
-        """Seconds from a fault to the next piece of each answer that was running."""
-        found = []
-        for stream in self.streams:
-            before = [at for at in stream.times if at <= fault.at]
-            after = [at for at in stream.times if at > fault.at]
-            if before and after:
-                found.append(after[0] - fault.at)
-        return found
+    def pause(self, fault: Fault) -> float:
+        """The longest time without a piece of any answer, between a fault and the next one, seconds."""
+        until = min((other.at for other in self.faults if other.at > fault.at), default=math.inf)
+        times = sorted(at for stream in self.streams for at in stream.times)
+        within = [fault.at, *(at for at in times if fault.at < at < until)]
+        return max((after - before for before, after in itertools.pairwise(within)), default=0.0)
 
     def rows(self) -> list[tuple[str, str, int, float, float]]:
-        """Mesh, kind of fault, how many, median and longest pause until the first answer goes on."""
+        """Mesh, kind of fault, how many, median and longest pause of all answers, seconds."""
         kinds = Counter((fault.mesh, fault.kind) for fault in self.faults)
         rows = []
         for (mesh, kind), count in kinds.items():
-            first = [min(self.pauses(f), default=0.0) for f in self.faults if (f.mesh, f.kind) == (mesh, kind)]
-            rows.append((mesh, kind, count, median(first), max(first)))
+            pauses = [self.pause(fault) for fault in self.faults if (fault.mesh, fault.kind) == (mesh, kind)]
+            rows.append((mesh, kind, count, median(pauses), max(pauses)))
         return rows

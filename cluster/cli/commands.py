@@ -285,6 +285,82 @@ def run_batch(
 
 
 @app.command()
+@with_sampling
+def bench(
+    url: Annotated[str, typer.Option(metavar="URL", help="The server: HOST:PORT of gRPC, or http://HOST:PORT.")],
+    source: Annotated[
+        Path | None, typer.Argument(metavar="PROMPTS.jsonl", help="Records as `batch` reads them; else made up.")
+    ] = None,
+    prompt_tokens: Annotated[
+        str, typer.Option(metavar="N|MIN:MAX", help="About how long made-up prompts are, in tokens.")
+    ] = "128",
+    chat: Annotated[bool, typer.Option("--chat/--raw", help="Made-up prompts as a user's messages, or raw.")] = False,
+    num_requests: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Of each load.", show_default="the file, or 4 a stream")
+    ] = None,
+    concurrency: Annotated[
+        str | None, typer.Option(metavar="K,...", help="Streams at a time; several make a sweep.", show_default="1")
+    ] = None,
+    request_rate: Annotated[
+        str | None, typer.Option(metavar="R,...", help="Instead: requests per second, by a Poisson process.")
+    ] = None,
+    load_seed: Annotated[int, typer.Option(metavar="N", help="Of made-up prompts and arrivals.")] = 0,
+    goodput: Annotated[
+        str | None, typer.Option(metavar="GOALS", help="Milliseconds, e.g. ttft:500,tpot:20; also e2el.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.001, metavar="S", help="Longest that an answer may take.")] = 600.0,
+    warm_up: Annotated[int, typer.Option(min=0, metavar="N", help="Requests before, which do not count.")] = 1,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="For HTTP.", show_default="the server's first")
+    ] = None,
+    lookahead: LookaheadOption = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the sweep.")] = None,
+    as_json: JsonOption = False,
+    *,
+    sampling: dict[str, Any],
+) -> None:
+    """Put load on a server, and say what its users see.
+
+    The server is Outrider's, or any that has OpenAI's HTTP interface. Time to first token, per token, between chunks
+    and to the end; throughput, goodput, tokens per chunk. Made-up prompts are answered with --max-new-tokens tokens,
+    all of them where the server knows ignore_eos (give --ignore-eos). Exit codes: 1 some requests have failed; 2
+    something was asked for that cannot be; 130 it was interrupted.
+    """
+    from cluster.cli import bench as benches
+
+    if plot is not None:
+        benches.report.check_plot(plot)
+    job = benches.Job(
+        url=url,
+        source=source,
+        paces=benches.read_paces(concurrency, request_rate),
+        sampling=sampling,
+        lookahead={} if lookahead is None else {"enabled": lookahead},
+        num_requests=num_requests,
+        prompt_tokens=prompt_tokens,
+        chat=chat,
+        seed=load_seed,
+        goals=goodput,
+        timeout_s=timeout,
+        num_warm_up=warm_up,
+        model=model,
+    )
+    try:
+        found = benches.run(job)
+    except KeyboardInterrupt:
+        raise typer.Exit(128 + signal.SIGINT) from None
+    if as_json:
+        streams.print_json({"url": url, "loads": [figures.record() for figures in found]})
+    else:
+        benches.report.show(found, url)
+    if plot is not None:
+        benches.report.plot(found, plot, "requests per second" if request_rate is not None else "streams")
+    if failed := next((figures for figures in found if figures.errors), None):
+        print(f"outrider: requests have failed; the first: {failed.first_error}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Option("--config", help="YAML file with the training config.")],
     set_: SetOption = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.client.access import Access
-from cluster.client.address import channel_options, checked
+from cluster.client.address import checked
+from cluster.client.calls import checked_id, checked_timeout, options, whole
 from cluster.client.conversation import Conversation
 from cluster.client.resuming import Patience, Resumption
 from cluster.pb.outrider.v1 import generation_pb2 as pb
@@ -22,43 +22,9 @@ from cluster.pb.outrider.v1 import generation_pb2_grpc as pb_grpc
 from cluster.wire.answers import Answer, Chunk, by_index
 from cluster.wire.requests import prompted, set_urgency
 from cluster.wire.statuses import TAKEN, CallError, call_error
-from runtime.errors import InvalidRequestError
-from runtime.prompts import check_unicode
+from cluster.wire.transport import Compression
 
 log = logging.getLogger(__name__)
-
-MAX_MESSAGE_BYTES = 16 * 2**20
-
-
-def _checked_id(field: str, given: Any) -> str:
-    if not isinstance(given, str):
-        raise InvalidRequestError(field, given, f"is of type {type(given).__name__}", "Give a text, or leave it out.")
-    check_unicode(field, given)
-    return given
-
-
-def _checked_timeout(given: Any) -> float | None:
-    """Seconds as gRPC takes them; infinity is none."""
-    if given is None or given == math.inf:
-        return None
-    if isinstance(given, bool) or not isinstance(given, int | float) or not given >= 0:
-        raise InvalidRequestError("timeout_s", given, "is no number of seconds", "Give one, or None for no limit.")
-    return float(given)
-
-
-def _answer(chunks: Sequence[Chunk]) -> Answer:
-    last = chunks[-1]
-    assert last.finish_reason is not None and last.usage is not None
-    return Answer(
-        request_id=last.request_id,
-        text="".join(chunk.text for chunk in chunks),
-        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-        finish_reason=last.finish_reason,
-        usage=last.usage,
-        run_lengths=tuple(len(chunk.token_ids) for chunk in chunks if chunk.token_ids),
-        logprobs=tuple(one for chunk in chunks for one in chunk.logprobs),
-        prompt_logprobs=tuple(one for chunk in chunks for one in chunk.prompt_logprobs),
-    )
 
 
 class Stream(Iterator[Chunk]):
@@ -138,30 +104,22 @@ class Client:
         tls_cert: str | None = None,
         tls_key: str | None = None,
         insecure: bool = False,
+        compression: Compression = "none",
+        keepalive_s: float | None = 20.0,
         retries: int = Patience.retries,
         patience_s: float = Patience.seconds,
     ) -> None:
         """`address` is HOST:PORT. What is left out of `token` and PEM files is taken from the environment
-        (cluster.client.access.Access). An answer that is broken off is resumed, by at most so many tries in a row, for
-        at most `patience_s` seconds without a sign of it; 0 of either: its break is an error. Raises ConfigError for
-        what cannot be used."""
+        (cluster.client.access.Access). `compression` is of what is sent; `keepalive_s`: seconds of silence after which
+        the connection is tried by a ping, so that a server that vanished without a word is missed. An answer that is
+        broken off is resumed, by at most so many tries in a row, for at most `patience_s` seconds without a sign of it;
+        0 of either: its break is an error. Raises ConfigError for what cannot be used."""
         self.address = checked(address)
         self._patience = Patience(retries, patience_s)
         self._reached = threading.Event()  # whether a server has answered here
         given = {"token": token, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key}
         access = Access.of(given, insecure)
-        limits = [
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            # A server that is started again is found within seconds; gRPC by itself waits up to two minutes.
-            ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.max_reconnect_backoff_ms", 2_000),
-            # A server that vanished without a word is missed within half a minute.
-            ("grpc.keepalive_time_ms", 20_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
-            ("grpc.http2.max_pings_without_data", 0),
-        ]
-        self._channel = access.channel(self.address, [*limits, *channel_options(self.address)])
+        self._channel = access.channel(self.address, options(self.address, compression, keepalive_s))
         self._generation = pb_grpc.GenerationServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._closed = False
@@ -188,9 +146,9 @@ class Client:
         """
         request = prompted(pb.GenerateRequest, prompt, messages, token_ids, sampling, lookahead)
         if request_id is not None:
-            request.request_id = _checked_id("request_id", request_id)
+            request.request_id = checked_id("request_id", request_id)
         set_urgency(request, priority, deadline_s)
-        timeout_s = _checked_timeout(timeout_s)
+        timeout_s = checked_timeout(timeout_s)
         self._check_open()
         resumption = Resumption(request, self._patience)
         return Stream(self._generation, resumption, self._reached, self.address, timeout_s)
@@ -198,15 +156,15 @@ class Client:
     def converse(self, session_id: str | None = None, timeout_s: float | None = None) -> Conversation:
         """Begin a conversation; the server opens its session with the first turn. `timeout_s` bounds all of it."""
         if session_id is not None:
-            session_id = _checked_id("session_id", session_id)
-        timeout_s = _checked_timeout(timeout_s)
+            session_id = checked_id("session_id", session_id)
+        timeout_s = checked_timeout(timeout_s)
         self._check_open()
         return Conversation(self._generation, self.address, session_id, timeout_s, self._patience, self._reached)
 
     def complete(self, prompt: str | None = None, **arguments: Any) -> Answer:
         """`generate`, waiting for the end. Several threads calling this is how requests run side by side."""
         with self.generate(prompt, **arguments) as stream:
-            first, *others = [_answer(chunks) for chunks in by_index(stream)]
+            first, *others = [whole(chunks) for chunks in by_index(stream)]
         return replace(first, others=tuple(others))
 
     def server_info(self, timeout_s: float = 10.0) -> pb.GetServerInfoResponse:

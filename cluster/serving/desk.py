@@ -18,7 +18,7 @@ from cluster.serving.visits import Visit
 from cluster.wire.statuses import IdleError, UnauthenticatedError
 from runtime.config import Config
 from runtime.engine.loop import EngineLoop
-from runtime.errors import InvalidRequestError, WorkerError
+from runtime.errors import InvalidRequestError, OutriderError, WorkerError
 
 if TYPE_CHECKING:
     from runtime.engine.engine import Engine  # which compiles when it is imported for the first time
@@ -63,7 +63,8 @@ class Desk:
             raise WorkerError("the server is shutting down")
         _, loop = self.opened
         if loop.failed is not None:
-            raise WorkerError(f"the engine has failed: {loop.failed}")
+            known = isinstance(loop.failed, OutriderError)  # else what it says may be a client's text
+            raise WorkerError(f"the engine has failed: {loop.failed if known else type(loop.failed).__name__}")
 
     def refused(self, error: Exception) -> None:
         """A call is refused for what it asks."""

@@ -122,6 +122,9 @@ class EngineCollector(Collector):
         for phase, value in list(stats.seconds.items()):
             seconds.add_metric([phase], value)
         yield seconds
+        yield _gauge("mesh_replicas", "Replicas that share the rows of a step.", stats.num_replicas)
+        yield CounterMetricFamily(PREFIX + "workers_lost", "Workers that died or were given up.", value=stats.num_lost)
+        yield CounterMetricFamily(PREFIX + "rereads", "Times that all caches were lost.", value=stats.num_rereads)
         yield from _guesses(engine)
 
 

@@ -18,7 +18,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.serving import access, supervisor
+from cluster.serving import access, supervisor, transport
 from cluster.serving.desk import Desk
 from cluster.serving.gate import Gate
 from cluster.serving.generation import SERVICE_NAME, GenerationService
@@ -36,23 +36,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_MESSAGE_BYTES = 16 * 2**20
 DRAIN_GRACE_S = 30.0
 """How long live streams may go on after a signal to stop."""
-
-_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Otherwise a second server on the same port is not an error, and takes half of the calls.
-    ("grpc.so_reuseport", 0),
-    # Finds clients that vanished without a word, whose sequences would run on.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    # Clients do the same, however often and with nothing to say, and that is no reason to end what they wait for.
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_ping_strikes", 0),
-]
-
 
 LIVENESS = "liveness"
 """Name under which a health check asks whether the process is well, though it may still be loading; under any other,
@@ -104,8 +89,7 @@ class GenerationServer:
         self._desk.tokens = access.read_tokens(settings)
         check_free(host, port)
         http = await self._http.start(certificates) if self._http is not None else None
-        limits = [("grpc.max_allowed_incoming_connections", settings.max_connections)]
-        self._grpc = grpc.aio.server(options=[*_OPTIONS, *limits], interceptors=[Gate(self._desk)])
+        self._grpc = transport.server(settings, [Gate(self._desk)])
         try:
             port = _bind(self._grpc, shown(host, port), certificates)
         except RuntimeError as error:

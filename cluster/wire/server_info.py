@@ -34,7 +34,14 @@ def server_info(engine: Engine, loop: EngineLoop, num_refused: int) -> pb.GetSer
             capacity=engine.capacity,
             num_parameters=count_parameters(spec),
         ),
-        mesh=pb.MeshInfo(lp=config.parallel.lp, tp=config.parallel.tp, num_workers=config.parallel.num_workers),
+        mesh=pb.MeshInfo(
+            lp=config.parallel.lp,
+            tp=config.parallel.tp,
+            num_workers=config.parallel.num_workers,
+            num_replicas=stats.num_replicas,
+            num_lost=stats.num_lost,
+            num_rereads=stats.num_rereads,
+        ),
         lookahead=pb.LookaheadParams(**config.lookahead.model_dump()),
         sampling=pb.SamplingParams(**config.sampling.model_dump()),
         counters=pb.Counters(

@@ -277,6 +277,9 @@ class CandidateTree:
     def truncate(self, count: int) -> None:
         """Keep the first `count` candidates only; the tree cannot grow any more."""
 
+    def proposers(self) -> list[int]:
+        """Of each candidate, in row order, which of the sources propose it: bit i for the i-th."""
+
     def walk(self, chosen: Sequence[int] | Int32) -> tuple[list[int], list[int]]:
         """Follow the tokens the model chose as far as the tree holds them.
 

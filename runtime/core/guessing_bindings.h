@@ -272,6 +272,7 @@ inline void bind_guessing(nb::module_& module) {
         .def("walk", [](const CandidateTree& tree, const Int32s& chosen) { return tree.walk(span_of(chosen)); },
              nb::arg("chosen"))
         .def("learn", [](CandidateTree& tree, const Int32s& chosen) { tree.learn(span_of(chosen)); }, nb::arg("chosen"))
+        .def("proposers", &CandidateTree::proposers)
         .def(
             "credit",
             [](CandidateTree& tree, const Int32s& chosen, const Source& source) {

@@ -113,6 +113,20 @@ class CandidateTree {
                           chosen[row_of(node)]);
     }
 
+    // Of each candidate, in row order, which sources propose it: bit i for the i-th.
+    std::vector<int> proposers() const {
+        std::vector<int> found;
+        for (int node = 1; node <= num_candidates(); ++node) {
+            const int token = rows->tokens[row_of(node)];
+            int bits = 0;
+            for (const ProposalList& list : nodes_[nodes_[node].parent].lists.in(proposals_.lists))
+                for (const Proposal& proposal : proposals_.of(list))
+                    if (proposal.token == token) bits |= 1 << source_of(list);
+            found.push_back(bits);
+        }
+        return found;
+    }
+
     // How many accepted tokens would have had no place in the tree without the source with these features
     int credit(std::span<const int> chosen, Extent features) {
         int count = 0;

@@ -24,7 +24,7 @@ class Admission:
         if request.request_id in self._requests:
             problem, remedy = "is the id of a request that is still running", "Give each request its own id."
             raise DuplicateRequestError("request_id", request.request_id, problem, remedy)
-        if len(self._requests) >= self._limits.max_sequences + self._limits.max_waiting:
+        if len(self._requests) >= self._limits.num_slots + self._limits.max_waiting:
             problem = "every slot is taken and the waiting queue is full"
             raise ResourceExhaustedError("scheduler.max_waiting", self._limits.max_waiting, problem, "Try again later.")
         if request.session_id is not None:

@@ -50,6 +50,7 @@ from runtime.request import (
     Past,
     Prompt,
     Request,
+    SlotReport,
     StepOutput,
     TokenLogprobs,
     ToolChat,
@@ -99,6 +100,12 @@ class EngineStats:
         default_factory=lambda: dict.fromkeys(("plan", "broadcast", "forward", "gather", "verify"), 0.0)
     )
     """Where the steps' time went, by phase."""
+    num_replicas: int = 1
+    """That share the rows of a step now."""
+    num_lost: int = 0
+    """Workers that have died, or were given up."""
+    num_rereads: int = 0
+    """Times that nobody had the caches any more, and what ran was read again."""
 
 
 class Engine:
@@ -133,7 +140,7 @@ class Engine:
         self._closed = False
         self._is_timed = False  # the cost curve's seconds are such
         self._least_patience_s = LEAST_PATIENCE_S[pick_device(config, 0).type]
-        self._scheduler.num_replicas = executor.num_replicas
+        self._count_workers()
 
     @classmethod
     def from_config(
@@ -215,7 +222,7 @@ class Engine:
             self._caches_lost(error)
             return False
         finally:
-            self._scheduler.num_replicas = self.executor.num_replicas
+            self._count_workers()
         self._measuring = None
         curve = measurement.curve
         if measurement.spread > cost.STEADY or len(curve.rows) < 2:
@@ -479,22 +486,19 @@ class Engine:
         except CachesLostError as error:
             return outputs + self._caches_lost(error, [part.sequence for part in step.parts])
         finally:
-            self._scheduler.num_replicas = self.executor.num_replicas
+            self._count_workers()
         executed = time.perf_counter()
         outputs += self._verify(step, result, executed)
         ended = time.perf_counter()
         self._account(step.plan, result.seconds, plan=planned - started, verify=ended - executed)
-        num_rows = step.plan.num_rows
         taken = planned - started + sum(result.seconds.values()) + ended - executed  # without a fault's pause
-        if step.is_decoding:
-            self._scheduler.cost.observe(num_rows, taken)
-            curve, num_sequences = self._scheduler.cost.seconds, len(step.parts)
-            num_tokens = sum(len(output.token_ids) for output in outputs)
-            alone = float(curve[-(-num_rows // num_sequences)] / curve[num_rows])
-            self._scheduler.pace.observe(taken, num_tokens, num_sequences, alone)
-        elif num_rows > 2 * len(step.parts):
-            self._scheduler.pace.observe_reading(taken, num_rows)
+        self._scheduler.observe(step, taken, sum(len(output.token_ids) for output in outputs))
         return outputs
+
+    def _count_workers(self) -> None:
+        """A step may have found that some are gone, or have come."""
+        self._scheduler.num_replicas = self.stats.num_replicas = self.executor.num_replicas
+        self.stats.num_lost = self.executor.num_lost
 
     def _patience_s(self, num_rows: int) -> float:
         """How long a step of so many rows may take before ranks that do not answer are given up."""
@@ -505,6 +509,7 @@ class Engine:
         """Nobody has what was cached: it is read again. Nothing that was emitted is lost, or emitted twice. The request
         that is to blame, if it is known to be one of those whose step it was, is failed."""
         log.warning("%d requests are read again: %s", self.num_running, error)
+        self.stats.num_rereads += 1
         self.read_again()
         guilty = self._suspects.accuse([sequence.request.request_id for sequence in sequences]) if sequences else None
         if guilty is None:
@@ -522,7 +527,7 @@ class Engine:
         except CachesLostError as error:
             self._caches_lost(error)
         finally:
-            self._scheduler.num_replicas = self.executor.num_replicas
+            self._count_workers()
 
     def _drop_aborted(self) -> list[StepOutput]:
         dropped = self._scheduler.drop(self._aborted)
@@ -558,6 +563,7 @@ class Engine:
                         reason,
                         index=sequence.request.index,
                         is_stopped=sequence.is_stopped,
+                        sources=tuple(sequence.accepted),
                         logprobs=of_tokens,
                         prompt_logprobs=of_prompt,
                         failure=failure,
@@ -609,7 +615,11 @@ class Engine:
         most = max(group.new().max_stored for group in self._scheduler.layer_groups)
         held = [*self._scheduler.running.values(), *filter(None, list(self._scheduler.sessions.values()))]
         kept = sum(min(sequence.num_cached, most) for sequence in {id(each): each for each in held}.values())
-        return kept / (most * self.config.scheduler.max_sequences)
+        return kept / (most * self.config.scheduler.num_slots)
+
+    def slots(self) -> list[SlotReport]:
+        """What the cache's slots hold now. Safe from any thread."""
+        return self._scheduler.slots()
 
     def cache_report(self) -> CacheReport:
         """What the KV cache takes on the most loaded worker."""
@@ -624,7 +634,7 @@ class Engine:
             bytes_per_token=spec.num_layers * bytes_per_layer,
             bytes_per_sequence=sum(size * kind.max_stored + size // 2 * kind.max_turned for size, kind in kinds),
             bytes_staged=config.scheduler.max_rows * spec.num_layers * bytes_per_layer,
-            num_slots=config.scheduler.max_sequences,
+            num_slots=config.scheduler.num_slots,
             tokens_per_sequence=self.capacity if config.cache.policy == "full" or config.cache.full_layers else None,
             max_stored_tokens=max(kind.max_stored for _, kind in kinds),
         )
@@ -654,7 +664,7 @@ class Engine:
         with self._expecting(runs):
             while pending or any(not run or run[-1].finish_reason is None for run in runs.values()):
                 with self._turn:
-                    while pending and self.num_waiting + self.num_running < self.config.scheduler.max_sequences:
+                    while pending and self.num_waiting + self.num_running < self.config.scheduler.num_slots:
                         self.add_request(pending.popleft())
                     for output in self._next_of(runs):
                         runs[output.request_id].append(output)

@@ -14,14 +14,15 @@ from runtime import core
 from runtime.config import Config
 from runtime.core import CandidateTree, Constraint, SequenceRows
 from runtime.engine import deadlines
-from runtime.engine.memory import PageMemory
+from runtime.engine.chunks import Chunks
+from runtime.engine.memory import memory_of
 from runtime.engine.reuse import Place, TextsLeft
 from runtime.errors import DeadlineError, ResourceExhaustedError
 from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.sequence import Sequence, StepRows, Watch
 from runtime.mesh.device import pick_device
 from runtime.model.spec import ModelSpec
-from runtime.request import Past, Request, Usage
+from runtime.request import Past, Request, SlotReport, Usage
 from runtime.retention import Ledger, layer_groups
 from runtime.step import FOREVER, MASK_WORDS, Bias, Int32, Seq, StepPlan
 from runtime.tuning.cost import RunningCost, assumed
@@ -78,7 +79,10 @@ class Scheduler:
         self.cost = RunningCost(assumed(config.scheduler.max_rows), config.scheduler.max_rows)
         """What a step costs by its rows."""
         self.pace = deadlines.Pace()
-        self.memory = PageMemory(num_pages, self.layer_groups, config.scheduler.max_rows)
+        """How fast answers come, for those that have deadlines."""
+        self.chunks = Chunks(config.scheduler)
+        """How much of a prompt is read beside running answers."""
+        self.memory = memory_of(config, spec, self.layer_groups, num_pages)
         self._emptied: dict[int, None] = {}  # slots given away since the last plan, or whose memory others may have
         self._reused: list[tuple[int, int, int]] = []  # of slots given away, lines of StepPlan.reuses
         self._texts = TextsLeft()
@@ -126,6 +130,17 @@ class Scheduler:
             self._leave(sequence)
         live = (*self.waiting, *(sequence.request for sequence in self.running.values()))
         return next((request.request_id for request in live if request.session_id == session_id), None)
+
+    def slots(self) -> list[SlotReport]:
+        """What the slots hold now. Safe from any thread: the dictionaries are copied at once."""
+        most = max(group.new().max_stored for group in self.layer_groups)
+        found = {slot: SlotReport(slot, "left", min(length, most)) for slot, length in self._texts.lengths().items()}
+        for sequence in list(self.sessions.values()):
+            if sequence is not None:
+                found[sequence.slot] = SlotReport(sequence.slot, "held", min(sequence.num_cached, most))
+        for sequence in list(self.running.values()):
+            found[sequence.slot] = SlotReport(sequence.slot, "running", min(sequence.num_cached, most))
+        return [found[slot] for slot in sorted(found)]
 
     def make_ledger(self) -> Ledger:
         """An account for a new sequence."""
@@ -196,7 +211,13 @@ class Scheduler:
         now_s = time.perf_counter()
         if any(self._conversation_of(request) or now_s > deadlines.due_s(request) for request in self.waiting):
             return True
-        return len(self._held) < self.config.scheduler.max_sequences and self.memory.fits(self.waiting[0])
+        return bool(self.memory.among(self._free, self.waiting[0]))
+
+    @property
+    def _free(self) -> list[int]:
+        """Slots that a new sequence may come into."""
+        held = self._held
+        return [slot for slot in range(self.config.scheduler.num_slots) if slot not in held]
 
     @property
     def _held(self) -> set[int]:
@@ -205,11 +226,11 @@ class Scheduler:
 
     def why_waiting(self) -> ResourceExhaustedError:
         """What the queue waits for where nothing runs."""
-        if len(self._held) < self.config.scheduler.max_sequences:
+        if len(self._held) < self.config.scheduler.num_slots:
             problem, remedy = "open conversations hold the memory that it takes", "Close one first, or lower it."
             return ResourceExhaustedError("cache.capacity", self.capacity, problem, remedy)
         problem, remedy = "open conversations hold every slot", "Close one first, or raise it."
-        return ResourceExhaustedError("scheduler.max_sequences", self.config.scheduler.max_sequences, problem, remedy)
+        return ResourceExhaustedError("scheduler.max_sequences", self.config.scheduler.num_slots, problem, remedy)
 
     def admit(self) -> list[Request]:
         """Give the free slots to waiting requests, by priority, then deadline, then arrival; a conversation goes on in
@@ -219,8 +240,7 @@ class Scheduler:
         """
         if not self.waiting:
             return []
-        held = self._held
-        free = deque(slot for slot in range(self.config.scheduler.max_sequences) if slot not in held)
+        free = self._free
         refused: list[Request] = []
         waiting, self.waiting = self.waiting, deque()
         for request in waiting:
@@ -232,10 +252,10 @@ class Scheduler:
                     refused.append(request)
                 else:
                     self.running[sequence.slot] = sequence
-            elif free and not self.memory.fits(request):
+            elif free and not (roomy := self.memory.among(free, request)):
                 free.clear()
                 self.waiting.append(request)
-            elif free and (place := self._place(request, free)) is not None:
+            elif free and (place := self._place(request, roomy)) is not None:
                 slot = place.slot
                 free.remove(slot)
                 self._texts.take(slot)
@@ -271,9 +291,9 @@ class Scheduler:
         """The next step: every running sequence's rows, in slot order, or those of one request `alone`. None if there
         are none.
 
-        Each sequence's first uncached token has its row before anything else; then prompts take up to
-        half the step while others decode, all of it otherwise; guesses share the rest evenly. Prompts are read by
-        priority, then deadline; where some would miss theirs at their present pace, the others do not guess.
+        Each sequence's first uncached token has its row before anything else; then prompts take what `Chunks` gives
+        them while others decode, all of it otherwise; guesses share the rest evenly. Prompts are read by priority, then
+        deadline; where some would miss theirs at their present pace, the others do not guess.
         """
         sequences = [self.running[slot] for slot in sorted(self.running)]
         if alone is not None:
@@ -285,11 +305,15 @@ class Scheduler:
         prompts = num_prompts = len(uncached) - uncached.count(1)
         prompt_rows = 0
         if prompts:
-            limit = max_rows if prompts == len(sequences) else max(max_rows // 2, prompts)
+            limit = max_rows
+            if prompts < len(sequences):
+                limit = max(self.chunks.most_rows(len(sequences) - prompts, self.cost.seconds), prompts)
             prompt_rows = min(sum(count for count in uncached if count > 1), limit)
         late = self._late(sequences)
-        num_guessing = len(late) or len(sequences)
-        guess_rows = (max_rows - (len(sequences) - prompts) - prompt_rows) // num_guessing
+        guess_rows = (max_rows - (len(sequences) - prompts) - prompt_rows) // (len(late) or len(sequences))
+        if 0 < prompts < len(sequences):
+            # A longer step makes more guesses pay, and is longer still
+            guess_rows = min(guess_rows, self.chunks.guess_rows)
         chains = [1] * len(sequences)
         for index in sorted(range(len(sequences)), key=lambda index: deadlines.order(sequences[index].request)):
             if uncached[index] > 1:
@@ -326,6 +350,8 @@ class Scheduler:
         num_replicas = self.num_replicas
         if trees and num_replicas > 1 and not self.cost.shares[num_rows]:
             num_replicas = 1
+        if not num_prompts:
+            self.chunks.decoded(num_rows, len(sequences))
         plan = self._assemble(parts, num_replicas)
         if num_bound:
             _bind(plan, parts, steps)
@@ -337,6 +363,18 @@ class Scheduler:
             return set()
         now_s = time.perf_counter()
         return {sequence.slot for sequence in sequences if self.pace.is_late(sequence, now_s)}
+
+    def observe(self, step: Step, seconds: float, num_tokens: int) -> None:
+        """The step took this long, planning and verification included, and gave so many tokens."""
+        num_rows, num_sequences, curve = step.plan.num_rows, len(step.parts), self.cost.seconds
+        if step.is_decoding:
+            self.cost.observe(num_rows, seconds)
+            alone = float(curve[-(-num_rows // num_sequences)] / curve[num_rows])
+            self.pace.observe(seconds, num_tokens, num_sequences, alone)
+            return
+        self.chunks.observe(seconds, curve[num_rows])
+        if num_rows > 2 * num_sequences:
+            self.pace.observe_reading(seconds, num_rows)
 
     def _assemble(self, parts: list[Part], num_replicas: int) -> StepPlan:
         sequences = [part.sequence for part in parts]

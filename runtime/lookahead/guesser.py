@@ -21,6 +21,7 @@ class Guesser:
         self.judge = Judge(knowledge.acceptance)
         starts = first_features()
         self.sources = [SOURCES[name](config, text, starts[name], knowledge.table) for name in config.sources]
+        self._names: dict[int, tuple[str, ...]] = {}  # of sources, by their bits
         self._constraint: Constraint | None = None
         self._jacobi = next((source for source in self.sources if isinstance(source, JacobiSource)), None)
         self._learners = [source for source in self.sources if has_rows(source)]
@@ -48,6 +49,15 @@ class Guesser:
     def plant(self, rows: SequenceRows, text: Sequence[int], max_depth: int) -> CandidateTree:
         """A tree below the current token, the last one of `text`, with no candidates yet."""
         return CandidateTree(rows, text[-TAIL:], max_depth, self.sources, self.judge, self._constraint)
+
+    def proposers(self, tree: CandidateTree) -> list[tuple[str, ...]]:
+        """Of each candidate, in row order, the names of the sources that propose it."""
+        return [self._named(bits) for bits in tree.proposers()]
+
+    def _named(self, bits: int) -> tuple[str, ...]:
+        if bits not in self._names:
+            self._names[bits] = tuple(name for index, name in enumerate(self.config.sources) if bits >> index & 1)
+        return self._names[bits]
 
     def learn(self, tree: CandidateTree, chosen: Int32, top: Int32, before: Sequence[int]) -> None:
         """Take in a step's results: the token each row chose, and the likeliest ones, packed.

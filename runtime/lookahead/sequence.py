@@ -72,6 +72,10 @@ class Sequence:
         """What dynamic RoPE scales by: the first prompt's length."""
         self.commit_rows: list[int] = []
         """Rows of the last step (this sequence's own numbering) that the next plan commits."""
+        self.proposed: list[tuple[str, ...]] = []
+        """Of each candidate in the last step, the sources that proposed it."""
+        self.accepted: list[tuple[str, ...]] = []
+        """Of each candidate whose token the last step emitted, in order."""
         self._forgotten = array("i")  # tokens before text[0]: they may have to be read again
         # Where eviction is per turn
         self._turn_starts = list(past.turn_starts) if past is not None and ledger.per_turn else []
@@ -236,6 +240,10 @@ class Sequence:
         step, self._step = self._step, None
         rows, tree, num_chain = step.rows, step.tree, step.num_chain
         self.num_coming = 0
+        self.proposed, self.accepted = [], []
+        if tree is not None and tree.num_candidates:
+            assert self._guesser is not None
+            self.proposed = self._guesser.proposers(tree)
         path, walked = tree.walk(chosen) if tree is not None else ([], [int(chosen[rows.root])])
         self._doubtful = rows.root >= 0 and walked[-1] < 0 and len(rows) > num_chain
         if self._doubtful:
@@ -251,6 +259,8 @@ class Sequence:
         emitted, reason = self._until_end(walked)
         del path[max(len(emitted) - 1, 0) :]  # where a run is cut, its last token waits uncached, as one at a time
         self.commit_rows += path
+        if tree is not None:
+            self.accepted = [self.proposed[row - tree.first_row] for row in path]
         self._enter_cache(rows, path)
         self.text += emitted
         if self._guesser is not None:

@@ -26,8 +26,6 @@ CELL = 64
 """Bytes between two words that ranks wait for, so that no two share a cache line."""
 LOOKS, LOOKS_ALONE = 20, 4000
 """How often a rank looks at a word before it sleeps: where every rank may have a core of its own, for some 100 us."""
-NEVER = 1 << 30
-"""Added to a number: one that nobody waits for."""
 FIRST_LOOK_US, LAST_LOOK_US = 10_000, 160_000
 """How long a rank waits before it looks whether the others are alive, first and, where they are, ever longer."""
 
@@ -164,7 +162,7 @@ class MemoryControl:
         if file >= 0:
             os.close(file)  # and with it goes the lock: who waits for this rank learns that it has gone
             if self._rank == 0:
-                self._set(0, self._number + NEVER)  # and looks at once
+                self._set(0, self._number)  # and looks at once
 
     def _word(self, cell: int) -> int:
         return self._address + HEADER + cell * CELL

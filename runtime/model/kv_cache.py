@@ -8,9 +8,12 @@ over the rest.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +21,7 @@ import torch
 
 from runtime import core
 from runtime.errors import ConfigError
+from runtime.machine import memory_bytes
 from runtime.mesh.device import upload
 from runtime.mesh.mesh import Mesh
 from runtime.model.rotary import Rotary
@@ -87,10 +91,10 @@ class KVCache:
         num_rows = self.retained[0].max_stored + max_staged
         shape = (num_slots, len(group.layers), 2, num_kv_heads, num_rows, head_dim)
         try:
-            self.buffer = torch.empty(shape, dtype=dtype, device=device)
+            self.buffer = _memory(shape, dtype, device)
             turned = (num_slots, len(group.layers), num_kv_heads, self.retained[0].max_turned, head_dim)
             self.unturned = torch.empty(turned, dtype=dtype, device=device)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             size = math.prod(shape) * dtype.itemsize / 2**30
             problem = f"{num_slots} slots of that length need {size:.1f} GiB on {device}, which cannot be had"
             remedy = "Lower it or scheduler.max_sequences."
@@ -231,6 +235,23 @@ class KVCache:
     def _read(self, slot: int, rows: Sequence[int]) -> torch.Tensor:
         index = upload(np.asarray(rows, np.int64), self.device)
         return self.buffer[slot].index_select(3, index)
+
+
+def _memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A buffer; on the CPU one of addresses only, whose pages get memory one by one when they are first written, which
+    the system is not asked to set aside before. Raises OSError or RuntimeError where it cannot be had, or one slot
+    alone exceeds the machine's memory."""
+    if device.type != "cpu":
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    if size // shape[0] > memory_bytes():
+        raise OSError(errno.ENOMEM, "more than the machine has")
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    pages = mmap.mmap(-1, max(size, 1), flags=flags)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # the first token of a slot would take megabytes in every layer and head
+        with suppress(OSError):
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).reshape(tuple(shape))
 
 
 class CacheMaker:

@@ -24,6 +24,10 @@ class Executor(Protocol):
     def num_replicas(self) -> int:
         """Replicas that share the rows of a step now. A step may change it, and divide its plan's rows anew."""
 
+    @property
+    def num_lost(self) -> int:
+        """Workers that have died, or were given up, since the start."""
+
     def execute(self, plan: StepPlan, patience_s: float | None = None) -> StepResult:
         """Run one step on every replica. `patience_s`: how long it may take, at most, before ranks that do not answer
         are given up.
@@ -39,6 +43,7 @@ class LocalExecutor:
     """The only rank of a 1x1 mesh, in this process."""
 
     num_replicas = 1
+    num_lost = 0
 
     def __init__(self, config: Config, spec: ModelSpec, make_decoder: DecoderMaker | None = None) -> None:
         """`make_decoder`: what it computes with, if not the model."""

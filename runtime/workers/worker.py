@@ -67,7 +67,7 @@ class Worker:
         groups = layer_groups(config.cache, spec.num_layers, spec.max_positions)
         scheduler = config.scheduler
         self.caches: tuple[Any, ...] = self.decoder.make_caches(
-            groups, scheduler.max_sequences, max_staged=scheduler.max_rows
+            groups, scheduler.num_slots, max_staged=scheduler.max_rows
         )
         self.num_pages = pages_of(self.caches)
         self.controls = Controls()
@@ -290,4 +290,4 @@ def _loop(worker: Worker, control: Control, layout: WireLayout) -> None:
 
 
 def wire_layout(config: Config) -> WireLayout:
-    return WireLayout(config.scheduler.max_rows, config.scheduler.max_sequences)
+    return WireLayout(config.scheduler.max_rows, config.scheduler.num_slots)

@@ -68,6 +68,8 @@ class Choice:
 
     def _ours(self, output: StepOutput) -> Json:
         ours: Json = {"num_tokens": len(output.token_ids), "num_accepted": num_accepted(output)}
+        if output.sources:
+            ours["sources"] = [names[0] if names else None for names in output.sources]
         if self._asked.return_token_ids:
             ours["token_ids"] = output.token_ids
             if self._is_first:
@@ -114,7 +116,9 @@ class Envelope:
         shown: Json = {"index": piece.index, "logprobs": piece.logprobs, "finish_reason": piece.finish_reason}
         shown |= {"delta": piece.content} if self._asked.is_chat else piece.content
         chunk = {**self._chunk, "choices": [shown], "outrider": piece.outrider}
-        if self._asked.include_usage:
+        if self._asked.running_usage:
+            chunk["usage"] = self.usage
+        elif self._asked.include_usage:
             chunk["usage"] = None
         return event(chunk)
 
@@ -138,7 +142,7 @@ class Envelope:
             logprobs = {key: [one for each in run for one in each.logprobs[key]] for key in run[0].logprobs}
         lengths = [each.outrider["num_tokens"] for each in run if each.outrider["num_tokens"]]
         ours = run[0].outrider | run[-1].outrider
-        ours = {key: value for key, value in ours.items() if key not in ("num_tokens", "num_accepted")}
+        ours = {key: value for key, value in ours.items() if key not in ("num_tokens", "num_accepted", "sources")}
         ours |= {"run_lengths": lengths}
         if self._asked.return_token_ids:
             ours["token_ids"] = [one for each in run for one in each.outrider["token_ids"]]

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.serving import calls
 from cluster.serving.desk import Desk, SlowReaderError
+from cluster.serving.http import page
 from cluster.serving.http.answers import Choice, Envelope, event
 from cluster.serving.http.errors import HttpError, Refusal, refusal_of
 from cluster.serving.http.guard import Guard
@@ -85,6 +86,7 @@ def make_app(desk: Desk, num_connections: Callable[[], int]) -> ASGIApp:
         Route("/metrics", metrics),
         Route("/health", alive),
         Route("/ready", ready),
+        *page.routes(desk),
     ]
     handlers: Any = {HTTPException: _not_found, Exception: _failed}
     for kind in (HttpError, UnknownModelError, FieldError, WorkerError):

@@ -107,6 +107,12 @@ class Message(Part):
     """Of a tool: which call it answers."""
     refused: str | None = Field(default=None, alias="refusal")
     """Ignored, as answers of other servers have it."""
+    audio: None = None
+    """There is text only; nor are there the next two, which earlier answers may bring along empty."""
+    annotations: tuple[()] | None = None
+    """Empty."""
+    function_call: None = None
+    """Earlier name of tool_calls."""
 
 
 class Function(Part):
@@ -174,6 +180,8 @@ class StreamOptions(Part):
 
     include_usage: bool | None = None
     """A last chunk without choices has the usage."""
+    continuous_usage_stats: bool | None = None
+    """Every chunk has the usage so far."""
     include_obfuscation: bool | None = None
     """Ignored: nothing is added to chunks."""
 
@@ -220,9 +228,9 @@ class Common(Part):
     """Send the answer as it comes, as server-sent events."""
     stream_options: StreamOptions | None = None
     """With stream."""
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     """Most tokens of the answer; left out, the server's sampling.max_new_tokens."""
-    max_new_tokens: int | None = Field(default=None, ge=1)
+    max_new_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     """Another name of max_tokens."""
     n: int | None = Field(default=None, ge=1, le=64)
     """Answers to each prompt."""
@@ -253,7 +261,7 @@ class Chat(Common):
 
     messages: tuple[Message, ...] = Field(min_length=1)
     """What was said, oldest first, in the model's chat template."""
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     """Another name of max_tokens."""
     logprobs: bool | None = None
     """Give each token's log-probability."""

@@ -42,6 +42,9 @@ class Asked:
     """The first choice of each prompt."""
     stream: bool
     include_usage: bool
+    """The stream ends with the usage."""
+    running_usage: bool
+    """Every chunk has it."""
     return_token_ids: bool
     echoes: tuple[str, ...] = ()
     """The texts of the prompts, by choice, where they are to be given, too."""
@@ -190,6 +193,7 @@ def _asked(
         firsts=frozenset(firsts),
         stream=bool(body.stream),
         include_usage=bool(body.stream_options is not None and body.stream_options.include_usage),
+        running_usage=bool(body.stream_options is not None and body.stream_options.continuous_usage_stats),
         return_token_ids=bool(body.return_token_ids),
         echoes=tuple(echoes),
         logprobs=num_logprobs,

@@ -53,7 +53,7 @@ def test_help_needs_none_of_the_big_libraries():
 def test_help_lists_the_commands(outrider):
     code, out, _ = outrider("--help")
     assert code == 0
-    for command in ("serve", "generate", "chat", "batch", "plan", "doctor", "version"):
+    for command in ("serve", "generate", "chat", "batch", "bench", "plan", "doctor", "version"):
         assert f"\n  {command} " in out
     assert "..." not in out.partition("Commands:")[2]  # each is described by a whole sentence
 

@@ -88,7 +88,14 @@ class ScriptedEngine:
         self.capacity = SPEC.max_positions
         self.identity = "scripted"
         self.stats = SimpleNamespace(
-            num_steps=0, num_rows=0, num_tokens=0, num_requests=0, seconds={"plan": 0.0, "forward": 0.0}
+            num_steps=0,
+            num_rows=0,
+            num_tokens=0,
+            num_requests=0,
+            seconds={"plan": 0.0, "forward": 0.0},
+            num_replicas=1,
+            num_lost=0,
+            num_rereads=0,
         )
         self.gate = threading.Event()
         """Steps wait here."""
@@ -169,7 +176,7 @@ class ScriptedEngine:
                 self.abort(name)
 
     def cache_report(self) -> CacheReport:
-        return CacheReport("full", 100, 6400, 51200, self.config.scheduler.max_sequences, self.capacity, self.capacity)
+        return CacheReport("full", 100, 6400, 51200, self.config.scheduler.num_slots, self.capacity, self.capacity)
 
     def abort(self, request_id: str) -> None:
         self._aborted.add(request_id)
@@ -182,7 +189,7 @@ class ScriptedEngine:
 
     @property
     def num_running(self) -> int:
-        return min(len(self._sequences), self.config.scheduler.max_sequences)
+        return min(len(self._sequences), self.config.scheduler.num_slots)
 
     def measure_aside(self) -> bool:
         return False
@@ -203,7 +210,7 @@ class ScriptedEngine:
         time.sleep(self.step_s)
         if self.error is not None:
             raise self.error
-        for sequence in list(self._sequences.values())[: self.config.scheduler.max_sequences]:
+        for sequence in list(self._sequences.values())[: self.config.scheduler.num_slots]:
             outputs.append(self._emit(sequence))
         self.stats.num_steps += 1
         return outputs
@@ -240,4 +247,4 @@ class ScriptedEngine:
         self.stats.num_tokens += len(run)
         if reason is not None:
             del self._sequences[request.request_id]
-        return StepOutput(request.request_id, tuple(run), sequence.usage, reason)
+        return StepOutput(request.request_id, tuple(run), sequence.usage, reason, index=request.index)

@@ -10,6 +10,7 @@ from typing import Any
 
 from cluster.serving.generation import GenerationService
 from cluster.serving.server import Addresses, GenerationServer
+from runtime.engine.loop import EngineLoop
 
 
 class ServerThread:
@@ -36,6 +37,12 @@ class ServerThread:
     @property
     def service(self) -> GenerationService:
         return self._server._service
+
+    @property
+    def loop(self) -> EngineLoop:
+        loop = self._server._loop
+        assert loop is not None
+        return loop
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._events).result(timeout=60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import ssl
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def test_without_a_token_nothing_but_health_answers_over_http(server: ServerThre
             for path in ("/v1/completions", "/v1/chat/completions"):
                 assert http.post(path, json=BODY, headers=headers).status_code == 401
         assert http.post("/v1/completions", json=BODY, headers=bearer(TOKEN)).status_code == 200
-        assert http.get("/v1/models", auth=("anyone", TOKEN)).status_code == 200  # as a browser sends it
+        for path in ("/v1/models", "/", "/page/main.js"):
+            assert http.get(path, auth=("anyone", TOKEN)).status_code == 200  # as a browser sends it
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=TOKEN) as client:
         assert client.completions.create(model="letters", **BODY).choices[0].text == "BCD"
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=f"{TOKEN}x", max_retries=0) as client:
@@ -288,3 +290,29 @@ def test_certificates_that_cannot_be_used_are_refused_by_name(authority: Path, t
         words = [f"server.tls.{name}={path}" for name, path in zip(("cert", "key", "client_ca"), given, strict=True)]
         with pytest.raises(ConfigError, match=named):
             read_certificates(settings(*[word for word in words if not word.endswith("=None")]).server)
+
+
+# At the command line
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "cluster.cli", *words], capture_output=True, text=True, timeout=60)
+
+
+def test_the_command_line_brings_a_token_from_a_file(server: ServerThread, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    words = ("generate", "--raw", "--max-new-tokens", "3", "--address", server.address)
+    assert run(*words, "--token-file", str(tmp_path / "token"), "A").stdout == "BCD\n"
+    refused = run(*words, "A")
+    assert refused.returncode == 1 and "UNAUTHENTICATED" in refused.stderr
+    (tmp_path / "token").write_text("two words")
+    refused = run(*words, "--token-file", str(tmp_path / "token"), "A")
+    assert refused.returncode == 2 and "--token-file" in refused.stderr and "two words" not in refused.stderr
+    refused = run("generate", "--token-file", str(tmp_path / "token"), "A")
+    assert refused.returncode == 2 and "--address" in refused.stderr
+
+
+def test_serve_refuses_an_open_address_before_it_loads_anything() -> None:
+    refused = run("serve", "--set", "server.host=0.0.0.0", "--set", "server.port=0", "--set", "server.http_port=0")
+    assert refused.returncode == 2 and "server.host" in refused.stderr and "server.insecure" in refused.stderr
+    assert refused.stdout == ""

@@ -15,8 +15,8 @@ from cluster.client.conversation import Conversation
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.pb.outrider.v1 import generation_pb2_grpc as pb_grpc
 from cluster.serving.converse import MAX_UNANSWERED_TURNS
-from cluster.serving.server import MAX_MESSAGE_BYTES
 from cluster.wire.statuses import CallError
+from cluster.wire.transport import MAX_MESSAGE_BYTES
 from runtime.config import Config
 from runtime.errors import InvalidRequestError, WorkerError
 from runtime.request import FinishReason

@@ -13,8 +13,9 @@ import pytest
 
 from cluster.client.client import Client
 from cluster.serving.ports import check_free
-from cluster.serving.server import _OPTIONS, MAX_MESSAGE_BYTES, GenerationServer, serve
+from cluster.serving.server import GenerationServer, serve
 from cluster.wire.statuses import CallError
+from cluster.wire.transport import MAX_MESSAGE_BYTES
 from runtime.config import Config
 from runtime.errors import ConfigError
 from tests.cluster.serving.scripted_engine import ScriptedEngine
@@ -63,11 +64,6 @@ def test_malformed_bytes_are_an_invalid_argument_and_the_server_goes_on(caplog: 
         with Client(server.address) as client:
             assert client.complete("A", sampling={"max_new_tokens": 3}).usage.num_new_tokens == 3
     assert not [record for record in caplog.records if record.exc_info or record.levelno >= logging.ERROR]
-
-
-def test_pings_are_no_reason_to_end_a_connection() -> None:
-    options = dict(_OPTIONS)
-    assert options["grpc.http2.max_ping_strikes"] == 0 and options["grpc.keepalive_permit_without_calls"] == 1
 
 
 def test_before_the_model_is_there_the_server_says_so() -> None:

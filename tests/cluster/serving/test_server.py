@@ -15,8 +15,8 @@ from cluster.client.client import Client
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.pb.outrider.v1 import generation_pb2_grpc as pb_grpc
 from cluster.serving.generation import SERVICE_NAME
-from cluster.serving.server import MAX_MESSAGE_BYTES
 from cluster.wire.statuses import CallError
+from cluster.wire.transport import MAX_MESSAGE_BYTES
 from runtime.config import Config, SamplingParams
 from runtime.errors import ConfigError, InvalidRequestError, ResourceExhaustedError, WorkerError
 from runtime.request import FinishReason

@@ -449,3 +449,18 @@ def test_candidates_are_tallied_by_source_and_depth() -> None:
     assert rows.tokens == [2, 3, 4]
     assert tree.tally(np.array([3, 9, 9], np.int32)) == ([(2, 1)], [(1, 1), (1, 0)])
     assert tree.tally(np.array([9, 9, 9], np.int32)) == ([(2, 0)], [(1, 0), (1, 0)])
+
+
+def test_each_candidate_knows_all_who_proposed_it() -> None:
+    judge, starts = Judge(Acceptance(priors())), first_features()
+    sources = [SuffixSource(LookaheadConfig(), [], starts[name], RecycleTable()) for name in ("suffix", "recycle")]
+    for source, text in zip(sources, ([1, 2, 3, 4, 1, 2], [1, 2, 3, 9, 1, 2]), strict=True):
+        source.observe(text, True)
+    rows = SequenceRows(5)
+    rows.add_chain([2], reaches_end=True)
+    tree = CandidateTree(rows, [9, 1, 2], 2, sources, judge)
+    assert tree.proposers() == []
+    tree.fill(3)
+    assert dict(zip(rows.tokens[1:], tree.proposers(), strict=True)) == {3: 0b11, 4: 0b01, 9: 0b10}
+    by_source, _ = tree.tally(np.array([9, 9, 9, 9], np.int32))
+    assert [sum(bits >> index & 1 for bits in tree.proposers()) for index in (0, 1)] == [n for n, _ in by_source]

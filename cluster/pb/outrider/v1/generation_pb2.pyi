@@ -326,14 +326,20 @@ class ModelInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., vocab_size: _Optional[int] = ..., capacity: _Optional[int] = ..., num_parameters: _Optional[int] = ...) -> None: ...
 
 class MeshInfo(_message.Message):
-    __slots__ = ("lp", "tp", "num_workers")
+    __slots__ = ("lp", "tp", "num_workers", "num_replicas", "num_lost", "num_rereads")
     LP_FIELD_NUMBER: _ClassVar[int]
     TP_FIELD_NUMBER: _ClassVar[int]
     NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOST_FIELD_NUMBER: _ClassVar[int]
+    NUM_REREADS_FIELD_NUMBER: _ClassVar[int]
     lp: int
     tp: int
     num_workers: int
-    def __init__(self, lp: _Optional[int] = ..., tp: _Optional[int] = ..., num_workers: _Optional[int] = ...) -> None: ...
+    num_replicas: int
+    num_lost: int
+    num_rereads: int
+    def __init__(self, lp: _Optional[int] = ..., tp: _Optional[int] = ..., num_workers: _Optional[int] = ..., num_replicas: _Optional[int] = ..., num_lost: _Optional[int] = ..., num_rereads: _Optional[int] = ...) -> None: ...
 
 class CacheInfo(_message.Message):
     __slots__ = ("policy", "bytes_per_token", "bytes_per_sequence", "bytes_staged", "num_slots", "tokens_per_sequence", "max_stored_tokens", "max_sessions", "num_sessions")

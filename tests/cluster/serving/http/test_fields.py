@@ -162,6 +162,10 @@ def ask_prompt_logprobs(client: openai.OpenAI) -> list:
         (CHAT, "temperature", {"temperature": "hot"}),
         (CHAT, "n", {"n": True}),
         (CHAT, "n", {"n": 65}),
+        (CHAT, "top_k", {"top_k": 2**31}),
+        (TEXT, "max_tokens", {"max_tokens": 2**31}),
+        (TEXT, "min_new_tokens", {"min_new_tokens": 2**70}),
+        (CHAT, "lookahead.row_budget", {"lookahead": {"row_budget": 2**63}}),
         (CHAT, "max_completion_tokens", {"max_tokens": 3, "max_completion_tokens": 4}),
         (CHAT, "max_tokens", {"max_tokens": 0}),
         (CHAT, "top_logprobs", {"top_logprobs": 2}),
@@ -218,14 +222,6 @@ def test_what_is_no_call_is_told_so_in_the_same_form(http: httpx.Client, status:
     answer = call(http)
     assert answer.status_code == status, answer.text
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-
-
-def test_an_id_that_runs_is_a_conflict(http: httpx.Client) -> None:
-    body = {"prompt": "abc", "stream": True, "max_tokens": 400, "ignore_eos": True, "request_id": "same"}
-    with http.stream("POST", TEXT, json=body) as first:
-        next(first.iter_lines())
-        again = http.post(TEXT, json=body | {"stream": False})
-    assert again.status_code == 409 and again.json()["error"]["param"] == "request_id"
 
 
 def test_the_schema_is_a_schema(http: httpx.Client) -> None:
