@@ -577,6 +577,11 @@ class ServerConfig(Section):
     """Of one request; the cache may hold fewer."""
     session_idle_timeout_s: float = Field(default=600.0, gt=0)
     """How long a conversation may hold its slot without a turn."""
+    state_dir: str | None = Field(default=None, min_length=1)
+    """Directory that keeps the token ids of open conversations, so that a client may go on with one after the server
+    was started again; null keeps none. Whoever can read it can read what was said."""
+    state_bytes: int = Field(default=1 << 30, ge=1 << 12)
+    """Most bytes in server.state_dir, 4 for each token; beyond, the conversations left longest ago are forgotten."""
     restarts: int = Field(default=10, ge=0)
     """How often in a row, with growing pauses, `outrider serve` starts the server again when it ends unasked; 0: it
     runs without a supervisor."""

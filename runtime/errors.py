@@ -38,6 +38,14 @@ class ResourceExhaustedError(FieldError):
     """The request is well formed, but there is no room for it now (RESOURCE_EXHAUSTED)."""
 
 
+class DeadlineError(OutriderError):
+    """An answer could not be whole by its deadline (DEADLINE_EXCEEDED)."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        self.remedy = remedy
+        super().__init__(f"deadline: {problem}. {remedy}")
+
+
 class WorkerError(OutriderError):
     """The workers cannot be reached or have failed (UNAVAILABLE)."""
 

@@ -95,6 +95,12 @@ class Request:
     so_far: tuple[AnswerSoFar, ...] = ()
     """What the caller has already of each answer, at most one for each index; the rest is given, as if those tokens had
     been emitted just now."""
+    priority: int = 0
+    """Of requests that wait, the one with the highest is admitted first."""
+    deadline_s: float | None = None
+    """Seconds from its arrival after which the answer is of no use; None: it always is."""
+    run_key: str = ""
+    """Stands for all that decides the answers: model, cache policy, prompt and sampling."""
     is_checked: bool = False
     """`Engine.validate` has seen it, which takes a while for a long prompt, and found nothing."""
     arrival_s: float = field(default_factory=time.perf_counter)

@@ -26,7 +26,7 @@ ROOMS = {
         "chaos",
         "conversation",
         "streams",
-        "chaos",
+        "deadlines",
         "lossless",
         "roofline",
         "overhead",

@@ -18,8 +18,11 @@ from cluster.cli.options import (
     AddressOption,
     ColorOption,
     ConfigOption,
+    DeadlineOption,
     JsonOption,
     LookaheadOption,
+    PatienceOption,
+    PriorityOption,
     SetOption,
     TlsOption,
     TokenOption,
@@ -78,6 +81,9 @@ def generate(
     address: AddressOption = None,
     token_file: TokenOption = None,
     tls_ca: TlsOption = None,
+    patience: PatienceOption = None,
+    priority: PriorityOption = None,
+    deadline: DeadlineOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     chat: Annotated[bool, typer.Option("--chat/--raw", help="A message in the chat template, or raw text.")] = True,
@@ -100,9 +106,11 @@ def generate(
 
     if picture is not None:
         pictures.check(picture, address)
+    if patience is not None and address is None:
+        raise ConfigError("--patience", patience, "is for a server's answers", "Name one with --address.")
     text = streams.read_text() if prompt == "-" else prompt
     message: Prompt = [{"role": "user", "content": text}] if chat else text
-    backend, defaults = _backend((address, token_file, tls_ca), config, set_ or (), lookahead)
+    backend, defaults = _backend((address, token_file, tls_ca), config, set_ or (), lookahead, patience)
     with closing(backend):
         chunks = []
         stream = None
@@ -110,7 +118,9 @@ def generate(
         if not as_json:
             stream = terminal.TextStream(sys.stdout, terminal.wants_color(sys.stdout, color), tokenizer)
         try:
-            for chunk in backend.stream(message, defaults["sampling"] | sampling, defaults["lookahead"]):
+            urgency = {"priority": priority, "deadline_s": deadline}
+            urgency = {name: value for name, value in urgency.items() if value is not None}
+            for chunk in backend.stream(message, defaults["sampling"] | sampling, defaults["lookahead"], **urgency):
                 chunks.append(chunk)
                 if stream is not None and chunk.index == 0:
                     stream.write(chunk)
@@ -207,7 +217,16 @@ def run_batch(
             min=0,
             metavar="S",
             help="Seconds without any answer after which a server that is full or away is not asked again.",
-            show_default="300 if full, 30 if away",
+            show_default="300; 30 for one that never answered",
+        ),
+    ] = None,
+    priority: PriorityOption = None,
+    deadline: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="Seconds that the whole job has; what cannot be answered in them is an error.",
+            show_default="none",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -216,7 +235,8 @@ def run_batch(
 ) -> None:
     """Answer every record of a file, a pipe or standard input.
 
-    A record is {"id", "prompt" (raw text) | "messages" | "token_ids", ...sampling parameters, "lookahead": {...}}, or
+    A record is {"id", "prompt" (raw text) | "messages" | "token_ids", ...sampling parameters, "lookahead": {...},
+    "priority", "deadline" (seconds from when it is asked)}, or
     one of Spec-Bench, {"question_id", "turns"}, whose first turn is taken as the user's message. An id is a text or a
     whole number; a record without one goes by the number of its line. Empty lines are no records. A line that cannot be
     answered gets {"id", "error"}, and the others are answered.
@@ -233,7 +253,8 @@ def run_batch(
     totals = batch.Totals()
 
     def connect() -> tuple[Backend, dict[str, dict[str, Any]]]:
-        backend, defaults = _backend((address, token_file, tls_ca), config, set_ or (), lookahead)
+        where = address, token_file, tls_ca
+        backend, defaults = _backend(where, config, set_ or (), lookahead, batch.away_patience_s(patience))
         return backend, {"sampling": defaults["sampling"] | sampling, "lookahead": defaults["lookahead"]}
 
     try:
@@ -245,6 +266,8 @@ def run_batch(
             concurrency=concurrency,
             limit=limit,
             patience_s=patience,
+            priority=priority,
+            deadline_s=deadline,
             totals=totals,
         )
     except KeyboardInterrupt:
@@ -412,8 +435,10 @@ def _backend(
     config: Path | None,
     settings: Sequence[str],
     lookahead: bool | None,
+    patience_s: float | None = None,
 ) -> tuple[Backend, dict[str, dict[str, Any]]]:
-    """Where answers come from, and the parameters to send along with every request, by section."""
+    """Where answers come from, and the parameters to send along with every request, by section. `patience_s`: with a
+    server that went away."""
     from cluster.client import backends
 
     address, token_file, tls_ca = where
@@ -427,7 +452,7 @@ def _backend(
         if lookahead is not None:
             overrides["lookahead"]["enabled"] = lookahead
         token = read_token(token_file) if token_file is not None else None
-        return backends.Remote(address, token, tls_ca), overrides
+        return backends.Remote(address, token, tls_ca, patience_s), overrides
     if lookahead is not None:
         settings = [*settings, f"lookahead.enabled={str(lookahead).lower()}"]
     return backends.InProcess(Config.load(config, settings)), {"sampling": {}, "lookahead": {}}

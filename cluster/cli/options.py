@@ -25,6 +25,27 @@ AddressOption = Annotated[
     str | None,
     typer.Option(metavar="HOST:PORT", help="Ask a running server instead of loading the model here.", envvar=None),
 ]
+PatienceOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="S",
+        help="Seconds that an answer is waited for whose server went away; it goes on where it was.",
+        show_default="120",
+    ),
+]
+PriorityOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Where requests wait, the highest comes first.", show_default="0"),
+]
+DeadlineOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="S",
+        help="Seconds after which an answer is of no use; what cannot be in time is refused.",
+        show_default="none",
+    ),
+]
 TokenOption = Annotated[
     Path | None,
     typer.Option("--token-file", help="With --address: file of the token.", show_default="OUTRIDER_TOKEN"),

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.client.client import Client
+from cluster.client.resuming import NO_LIMIT, Patience
 from cluster.pb.outrider.v1 import generation_pb2 as pb
 from cluster.wire.answers import Chunk, cache_is_full, num_accepted
 from cluster.wire.requests import one_prompt
@@ -61,11 +62,14 @@ class Backend(Protocol):
     def cache_info(self) -> pb.CacheInfo:
         """What the cache keeps and takes."""
 
-    def stream(self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any]) -> Iterator[Chunk]:
-        """Continue a prompt; parameters not named are the engine's or server's defaults.
+    def stream(
+        self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any], **urgency: Any
+    ) -> Iterator[Chunk]:
+        """Continue a prompt; parameters not named are the engine's or server's defaults. `urgency`: `priority` and
+        `deadline_s`, as `Engine.make_request` has them.
 
-        Raises InvalidRequestError, ResourceExhaustedError, NumericsError or WorkerError. Leaving early withdraws the
-        request.
+        Raises InvalidRequestError, ResourceExhaustedError, DeadlineError, NumericsError or WorkerError. Leaving early
+        withdraws the request.
         """
 
     def close(self) -> None:
@@ -115,10 +119,12 @@ class InProcess:
         self._loop = EngineLoop(self.engine)
         self._stack.callback(self._loop.close)
 
-    def stream(self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any]) -> Iterator[Chunk]:
+    def stream(
+        self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any], **urgency: Any
+    ) -> Iterator[Chunk]:
         defaults = self.engine.config
         request = self.engine.make_request(
-            prompt, defaults.sampling.merged(sampling), defaults.lookahead.merged(lookahead, "lookahead.")
+            prompt, defaults.sampling.merged(sampling), defaults.lookahead.merged(lookahead, "lookahead."), **urgency
         )
         answer = _Answer(self.engine, self._loop, request)
         try:
@@ -244,14 +250,21 @@ class LocalConversation:
 class Remote:
     """A server's GenerationService."""
 
-    def __init__(self, address: str, token: str | None = None, tls_ca: str | None = None) -> None:
-        self._client = Client(address, token=token, tls_ca=tls_ca)
+    def __init__(
+        self, address: str, token: str | None = None, tls_ca: str | None = None, patience_s: float | None = None
+    ) -> None:
+        """`patience_s`: how long an answer that is broken off is waited for, if not as `Client` does by itself."""
+        patience = Patience() if patience_s is None else Patience(NO_LIMIT, patience_s)
+        retries, patience_s = patience.retries, patience.seconds
+        self._client = Client(address, token=token, tls_ca=tls_ca, retries=retries, patience_s=patience_s)
 
-    def stream(self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any]) -> Iterator[Chunk]:
+    def stream(
+        self, prompt: Prompt, sampling: Mapping[str, Any], lookahead: Mapping[str, Any], **urgency: Any
+    ) -> Iterator[Chunk]:
         prompt = as_prompt(prompt)
         kind = kind_of(prompt)
         given: dict[str, Any] = {"prompt" if kind == "text" else kind: prompt}
-        with self._client.generate(**given, sampling=sampling, lookahead=lookahead) as chunks:
+        with self._client.generate(**given, sampling=sampling, lookahead=lookahead, **urgency) as chunks:
             yield from chunks
 
     def converse(self) -> Conversation:

@@ -12,6 +12,7 @@ from cluster.serving import logs
 from cluster.serving.access import Tokens
 from cluster.serving.limits import Accounts
 from cluster.serving.metrics import Metrics
+from cluster.serving.state import SessionStore
 from cluster.serving.threads import RequestThreads
 from cluster.serving.visits import Visit
 from cluster.wire.statuses import IdleError, UnauthenticatedError
@@ -40,6 +41,8 @@ class Desk:
         """Calls that were refused for what they asked."""
         self.metrics = Metrics(lambda: self._opened)
         self._opened: tuple[Engine, EngineLoop] | None = None
+        self.store: SessionStore | None = None
+        """Where conversations are kept that outlive their call."""
         self._draining = False
         self._live: set[asyncio.Task[object]] = set()
 
@@ -118,3 +121,5 @@ class Desk:
     def close(self) -> None:
         """Nothing is read any more."""
         self.threads.close()
+        if self.store is not None:
+            self.store.close()

@@ -19,7 +19,7 @@ from cluster.serving.desk import Desk
 from cluster.serving.visits import Visit
 from cluster.wire import answers, requests
 from cluster.wire.server_info import server_info
-from cluster.wire.statuses import status_of
+from cluster.wire.statuses import TAKEN, status_of
 from runtime.errors import FieldError
 from runtime.request import Request, forks
 
@@ -96,10 +96,13 @@ class GenerationService:
         request = dataclasses.replace(request, arrival_s=arrival_s)
         visit.request_id = request.request_id
         self._desk.check_length(len(request.prompt_ids))
+        key = request.run_key
         with calls.Running(loop, engine.tokenizer, forks(request), visit) as outputs:
+            await context.send_initial_metadata(((TAKEN, "1"),))
             async for output, text in outputs:
                 output = dataclasses.replace(output, request_id=request.request_id)
-                await self._desk.written(context.write(answers.response(output, text)))
+                await self._desk.written(context.write(answers.response(output, text, key)))
+                key = ""  # it is told once
 
     async def _converse(self, messages: AsyncIterable[bytes], context: grpc.aio.ServicerContext, visit: Visit) -> None:
         self._desk.check_taking()
@@ -116,4 +119,6 @@ def _read(message: bytes, engine: Engine) -> Request:
     prompt, request_id = requests.read_prompt(request), requests.read_id(request, "request_id")
     sampling = requests.read_sampling(request, engine.config.sampling)
     lookahead = requests.read_lookahead(request, engine.config.lookahead)
-    return engine.make_request(prompt, sampling, lookahead, request_id, so_far=requests.read_so_far(request))
+    so_far, key = requests.read_so_far(request), request.resume_key if request.HasField("resume_key") else None
+    urgency = requests.read_urgency(request)
+    return engine.make_request(prompt, sampling, lookahead, request_id, so_far=so_far, run_key=key, **urgency)

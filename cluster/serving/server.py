@@ -24,6 +24,7 @@ from cluster.serving.gate import Gate
 from cluster.serving.generation import SERVICE_NAME, GenerationService
 from cluster.serving.http.door import HttpDoor
 from cluster.serving.ports import ANOTHER_PORT, check_free, shown
+from cluster.serving.state import SessionStore
 from runtime.config import Config
 from runtime.engine.loop import EngineLoop
 from runtime.errors import ConfigError, WorkerError
@@ -106,6 +107,10 @@ class GenerationServer:
     async def open(self, engine: Engine, on_failure: Callable[[], None] = lambda: None) -> None:
         """Serve this engine, which stays the caller's to close. `on_failure` is called when it can answer no more."""
         events = asyncio.get_running_loop()
+        settings = self._config.server
+        if settings.state_dir is not None:
+            where = settings.state_dir, settings.state_bytes
+            self._desk.store = await asyncio.to_thread(SessionStore, *where, engine.identity)
         gc.freeze()  # what is here stays: looking through it for garbage would hold up a step for milliseconds
 
         def failed(_: Exception) -> None:

@@ -73,14 +73,22 @@ def cache_is_full(capacity: int) -> ResourceExhaustedError:
     return ResourceExhaustedError("cache.capacity", capacity, problem, remedy)
 
 
-def response(output: StepOutput, text: str) -> pb.GenerateResponse:
-    """One step's tokens; `output` must not have ended in cancellation or failure (those are statuses)."""
-    return pb.GenerateResponse(request_id=output.request_id, text=text, index=output.index, **_step(output))
+def response(output: StepOutput, text: str, resume_key: str = "") -> pb.GenerateResponse:
+    """One step's tokens; `output` must not have ended in cancellation or failure (those are statuses). `resume_key`:
+    with the first response."""
+    return pb.GenerateResponse(
+        request_id=output.request_id, text=text, index=output.index, resume_key=resume_key, **_step(output)
+    )
 
 
-def converse_response(session_id: str, turn_index: int, output: StepOutput, text: str) -> pb.ConverseResponse:
-    """One step's tokens of a turn; `output` must not have ended in failure (that is a status)."""
-    return pb.ConverseResponse(session_id=session_id, turn_index=turn_index, text=text, **_step(output))
+def converse_response(
+    session_id: str, turn_index: int, output: StepOutput, text: str, is_kept: bool = False
+) -> pb.ConverseResponse:
+    """One step's tokens of a turn; `output` must not have ended in failure (that is a status). `is_kept`: the session
+    outlives the call."""
+    return pb.ConverseResponse(
+        session_id=session_id, turn_index=turn_index, text=text, is_kept=is_kept, **_step(output)
+    )
 
 
 def _step(output: StepOutput) -> dict[str, Any]:

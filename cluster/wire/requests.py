@@ -50,6 +50,20 @@ def prompted(
     return request
 
 
+def set_urgency(request: Any, priority: int | None, deadline_s: float | None) -> None:
+    """Write priority and deadline into a GenerateRequest or a Turn. Raises InvalidRequestError."""
+    for name, value in (("priority", priority), ("deadline_s", deadline_s)):
+        if value is None:
+            continue
+        try:
+            if isinstance(value, bool):
+                raise TypeError("a truth value")
+            setattr(request, name, value)
+        except (TypeError, ValueError) as error:
+            problem, remedy = f"cannot be sent ({error})", "Give a number."
+            raise InvalidRequestError(name, value, problem, remedy) from error
+
+
 def one_prompt(
     prompt: str | None, messages: Sequence[Mapping[str, str]] | None, token_ids: Sequence[int] | None
 ) -> tuple[str, Any]:
@@ -161,9 +175,16 @@ def read_prompt(request: pb.GenerateRequest | pb.Turn) -> Prompt:
     return prompt
 
 
-def read_so_far(request: pb.GenerateRequest) -> tuple[AnswerSoFar, ...]:
+def read_so_far(request: pb.GenerateRequest | pb.Turn) -> tuple[AnswerSoFar, ...]:
     """What the client has already of the answers."""
+    if isinstance(request, pb.Turn):
+        return (AnswerSoFar(tuple(request.resume_from)),) if request.resume_from else ()
     return tuple(AnswerSoFar(tuple(one.token_ids), one.index, one.has_ended) for one in request.resume_from)
+
+
+def read_urgency(request: pb.GenerateRequest | pb.Turn) -> dict[str, Any]:
+    """Priority and deadline, as arguments of `Engine.make_request`."""
+    return {name: getattr(request, name) for name in ("priority", "deadline_s") if request.HasField(name)}
 
 
 def read_id(request: Message, field: str) -> str | None:

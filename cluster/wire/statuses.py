@@ -7,6 +7,7 @@ import re
 import grpc
 
 from runtime.errors import (
+    DeadlineError,
     DuplicateRequestError,
     FieldError,
     HarmfulRequestError,
@@ -15,6 +16,11 @@ from runtime.errors import (
     ResourceExhaustedError,
     WorkerError,
 )
+
+TAKEN = "outrider-taken"
+"""In a call's initial metadata: the server has taken the request, so if the connection breaks, it is worth resuming."""
+KEPT = "outrider-session-bin"
+"""In a conversation's initial metadata: its session's id, in UTF-8, where the session outlives the call."""
 
 _MEANINGS = {
     grpc.StatusCode.INVALID_ARGUMENT: "the server refused the request",
@@ -25,6 +31,7 @@ _MEANINGS = {
     grpc.StatusCode.CANCELLED: "the call was cancelled",
     grpc.StatusCode.ABORTED: "the request ends the server's workers",
     grpc.StatusCode.DATA_LOSS: "the server's model failed",
+    grpc.StatusCode.NOT_FOUND: "the conversation is lost",
     grpc.StatusCode.UNIMPLEMENTED: "there is another kind of server",
     grpc.StatusCode.UNAUTHENTICATED: "the server wants a token that it knows",
 }
@@ -37,6 +44,10 @@ class CallError(OutriderError):
         self.address, self.code, self.details = address, code, details
         meaning = _MEANINGS.get(code, "the call failed")
         super().__init__(f"{address}: {meaning} ({code.name}): {details}")
+
+
+class LostSessionError(OutriderError):
+    """A session that is asked for is not there, or not as far as its client has it (NOT_FOUND)."""
 
 
 class UnauthenticatedError(OutriderError):
@@ -69,7 +80,9 @@ def status_of(error: Exception) -> grpc.StatusCode:
             return grpc.StatusCode.RESOURCE_EXHAUSTED
         case FieldError():
             return grpc.StatusCode.INVALID_ARGUMENT
-        case IdleError():
+        case LostSessionError():
+            return grpc.StatusCode.NOT_FOUND
+        case IdleError() | DeadlineError():
             return grpc.StatusCode.DEADLINE_EXCEEDED
         case UnauthenticatedError():
             return grpc.StatusCode.UNAUTHENTICATED

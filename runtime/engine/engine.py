@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -117,6 +118,8 @@ class Engine:
     def __init__(self, config: Config, spec: ModelSpec, tokenizer: Tokenizer, executor: Executor) -> None:
         self.config, self.spec, self.tokenizer = config, spec, tokenizer
         self.stats = EngineStats()
+        self.identity = resuming.identity_of(config, spec)
+        """Stands for what decides answers beside prompts and sampling parameters: the model and the cache policy."""
         self.executor = executor
         self._scheduler = Scheduler(config, spec, executor.num_pages, self._beside)
         self._grammars = Grammars(tokenizer, spec.vocab_size, spec.eos_token_ids)
@@ -250,13 +253,18 @@ class Engine:
         request_id: str | None = None,
         session: Session | None = None,
         so_far: Sequence[AnswerSoFar] = (),
+        run_key: str | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> Request:
         """Tokenise a prompt (`runtime.prompts.as_prompt` says what may be one); parameters not given, or not named in a
         mapping, are the run's defaults. Raises InvalidRequestError.
 
         With a `session`, the request is its next turn, and the prompt what the turn appends. `so_far` is what the
         caller has already of the answers, from a run that was broken off: only what follows is given, the same as in
-        that run. Safe from any thread.
+        that run, whose key may be named, too. Of requests that wait, those of the highest `priority` are admitted
+        first, then those of the earliest deadline. An answer that is not whole `deadline_s` seconds after its arrival,
+        or cannot be, ends with DeadlineError. Safe from any thread.
         """
         if session is not None and not isinstance(session, Session):
             problem, remedy = f"is of type {type(session).__name__}", "Hand in what open_session has given."
@@ -288,9 +296,11 @@ class Engine:
             lookahead=_parameters("lookahead", lookahead, self.config.lookahead),
             session_id=session.session_id if session is not None else None,
             so_far=tuple(so_far),
+            priority=priority,
+            deadline_s=deadline_s,
         )
         self.validate(request)
-        return replace(request, is_checked=True)
+        return replace(request, is_checked=True, run_key=resuming.check_key(self.identity, request, run_key))
 
     def _ended_by_turn(self, sampling: SamplingParams) -> SamplingParams:
         """The token with which the chat template ends an answer ends it, whether or not the model's configs know of
@@ -334,6 +344,7 @@ class Engine:
             problem = f"with the prompt's {len(ids)} tokens they exceed what eviction per turn makes room for, {room}"
             remedy = "Lower it, shorten the prompt, enlarge the cache, or set cache.evict to token."
             raise InvalidRequestError("sampling.max_new_tokens", request.sampling.max_new_tokens, problem, remedy)
+        _check_urgency(request)
         self._grammars.grammar(request.sampling)
         resuming.check(request, self.spec.eos_token_ids, self._scheduler.make_ledger, self._beside)
         rows = request.lookahead.window_rows
@@ -459,6 +470,9 @@ class Engine:
     def _step(self) -> list[StepOutput]:
         started = time.perf_counter()
         outputs = self._drop_aborted() if self._aborted else []
+        for request, usage, error in self._scheduler.give_up_late(started):
+            index = request.index
+            outputs.append(StepOutput(request.request_id, (), usage, FinishReason.ERROR, failure=error, index=index))
         for request in self._scheduler.admit():
             usage = self._scheduler.unread(request)
             outputs.append(StepOutput(request.request_id, (), usage, FinishReason.LENGTH, index=request.index))
@@ -478,7 +492,7 @@ class Engine:
         ended = time.perf_counter()
         self._account(step.plan, result.seconds, plan=planned - started, verify=ended - executed)
         taken = planned - started + sum(result.seconds.values()) + ended - executed  # without a fault's pause
-        self._scheduler.observe(step, taken)
+        self._scheduler.observe(step, taken, sum(len(output.token_ids) for output in outputs))
         return outputs
 
     def _count_workers(self) -> None:
@@ -632,15 +646,18 @@ class Engine:
         prompts: Prompt | Iterable[Prompt],
         sampling: SamplingParams | Mapping[str, Any] | None = None,
         lookahead: LookaheadConfig | Mapping[str, Any] | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> list[Completion]:
         """Continue every prompt, all in company; answers come in the order of the prompts, n of each, for one prompt as
         a list.
 
         A prompt is a text, token ids (a list, numpy's or torch's array of one dimension), or chat messages. Where the
-        model gives no numbers for one, its finish reason is ERROR and its `error` says so; the others go on. Raises
-        InvalidRequestError before anything has run, WorkerError if the workers fail.
+        model gives no numbers for one, or it misses its deadline, its finish reason is ERROR and its `error` says so;
+        the others go on. Raises InvalidRequestError before anything has run, WorkerError if the workers fail.
         """
-        asked = [self.make_request(prompt, sampling, lookahead) for prompt in as_prompts(prompts)]
+        urgency: dict[str, Any] = {"priority": priority, "deadline_s": deadline_s}
+        asked = [self.make_request(prompt, sampling, lookahead, **urgency) for prompt in as_prompts(prompts)]
         requests = [each for request in asked for each in forks(request)]
         runs: dict[str, list[StepOutput]] = {request.request_id: [] for request in requests}
         pending = deque(requests)
@@ -659,13 +676,16 @@ class Engine:
         sampling: SamplingParams | Mapping[str, Any] | None = None,
         lookahead: LookaheadConfig | Mapping[str, Any] | None = None,
         session: Session | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> Iterator[StepOutput]:
         """Continue one prompt, as in `generate`, step by step, as the next turn of `session` if there is one. With n
         answers, each output says by its index to which it belongs.
 
         Leaving the iterator early withdraws the request.
         """
-        request = self.make_request(prompt, sampling, lookahead, session=session)
+        urgency: dict[str, Any] = {"priority": priority, "deadline_s": deadline_s}
+        request = self.make_request(prompt, sampling, lookahead, session=session, **urgency)
         requests = forks(request)
         num_live = len(requests)
         with self._expecting(each.request_id for each in requests) as expected:
@@ -735,6 +755,19 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_urgency(request: Request) -> None:
+    """Raise InvalidRequestError for a priority or a deadline that is none."""
+    priority, deadline_s = request.priority, request.deadline_s
+    if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
+        raise InvalidRequestError("priority", priority, "is no whole number of 32 bits", "Give one; 0 is usual.")
+    if deadline_s is None:
+        return
+    is_number = isinstance(deadline_s, int | float) and not isinstance(deadline_s, bool)
+    if not is_number or not 0 < deadline_s < math.inf:
+        problem, remedy = "is no number of seconds above 0", "Give one, or leave it out."
+        raise InvalidRequestError("deadline_s", deadline_s, problem, remedy)
 
 
 def _too_complex(request: Request, problem: str) -> InvalidRequestError:

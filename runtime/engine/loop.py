@@ -9,6 +9,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from runtime.engine.admission import Admission
@@ -18,7 +19,7 @@ from runtime.errors import (
     ResourceExhaustedError,
     WorkerError,
 )
-from runtime.request import FinishReason, Request, StepOutput, Usage
+from runtime.request import FinishReason, Past, Request, StepOutput, Usage
 
 if TYPE_CHECKING:
     from runtime.engine.engine import Engine
@@ -104,18 +105,19 @@ class EngineLoop:
                 self._commands.append((self._abort, request_id))
                 self._wake.notify()
 
-    def open_session(self, session_id: str | None = None) -> Session:
-        """Start a conversation, whose turns are requests made with it; it holds a slot from the first of them on.
+    def open_session(self, session_id: str | None = None, past: Past | None = None) -> Session:
+        """Start a conversation, or go on with one that had this past. Its turns are requests made with it; it holds a
+        slot from the first of them on.
 
         Raises DuplicateRequestError where the id is in use, ResourceExhaustedError where too many conversations are
         open, WorkerError after a failure or `close`.
         """
-        session = Session(session_id if session_id is not None else f"session-{uuid.uuid4()}")
+        session = Session.with_past(session_id if session_id is not None else f"session-{uuid.uuid4()}", past)
         with self._wake:
             self._check_serving()
             self._admission.open(session.session_id)
             self._sessions[session.session_id] = session
-            self._commands.append((self._open_session, session))
+            self._commands.append((partial(self._open_session, past), session))
             self._wake.notify()
         return session
 
@@ -205,8 +207,8 @@ class EngineLoop:
             usage = self._live[request.request_id].usage
             self._deliver(StepOutput(request.request_id, (), usage, FinishReason.ERROR, RuntimeError(str(error))))
 
-    def _open_session(self, session: Session) -> None:
-        self.engine.open_session(session.session_id)
+    def _open_session(self, past: Past | None, session: Session) -> None:
+        self.engine.open_session(session.session_id, past)
 
     def _abort(self, request_id: str) -> None:
         if request_id in self._live:  # else it ended while the command was waiting

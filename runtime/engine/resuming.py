@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
+from runtime.config import Config
 from runtime.core import Constraint
 from runtime.engine.grammar import Grammar
-from runtime.errors import InvalidRequestError
+from runtime.errors import InvalidRequestError, OutriderError
 from runtime.lookahead.sequence import Watch
+from runtime.model.directory import resolve_model
+from runtime.model.spec import ModelSpec
 from runtime.request import Request, forks
 from runtime.retention import Ledger
 
+KEY_BYTES = 12
 REMEDY = "Send all tokens that came, in their order, with the prompt and the parameters of the first call."
+
+
+def identity_of(config: Config, spec: ModelSpec) -> str:
+    """Stands for the model, as far as its config and its files' names and sizes tell it, its numbers and the cache."""
+    try:
+        files = sorted((file.name, file.stat().st_size) for file in resolve_model(config.model.path).iterdir())
+    except (OutriderError, OSError):
+        files = []
+    return _digest(repr((spec, files, config.model.dtype, config.cache)).encode())
+
+
+def check_key(identity: str, request: Request, given: str | None) -> str:
+    """The key of the request's answers. Raises InvalidRequestError if the one that its caller has is another."""
+    decides = identity, request.sampling.model_dump_json(), request.session_id
+    key = _digest(repr(decides).encode(), array("q", request.prompt_ids).tobytes())
+    if given is not None and given != key:
+        problem = f"what was begun would go on otherwise here, where the key is {key}"
+        remedy = "Ask a server with the same model, cache and defaults, with the same prompt and parameters."
+        raise InvalidRequestError("resume_key", given, problem, remedy)
+    return key
+
+
+def _digest(*parts: bytes) -> str:
+    found = hashlib.blake2b(digest_size=KEY_BYTES)
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
 
 
 def check(

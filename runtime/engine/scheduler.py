@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as Listing
@@ -12,10 +13,11 @@ import numpy as np
 from runtime import core
 from runtime.config import Config
 from runtime.core import CandidateTree, Constraint, SequenceRows
+from runtime.engine import deadlines
 from runtime.engine.chunks import Chunks
 from runtime.engine.memory import memory_of
 from runtime.engine.reuse import Place, TextsLeft
-from runtime.errors import ResourceExhaustedError
+from runtime.errors import DeadlineError, ResourceExhaustedError
 from runtime.lookahead.knowledge import Knowledge
 from runtime.lookahead.sequence import Sequence, StepRows, Watch
 from runtime.mesh.device import pick_device
@@ -76,6 +78,7 @@ class Scheduler:
         """What lookahead learns, shared by the sequences that do not want their own."""
         self.cost = RunningCost(assumed(config.scheduler.max_rows), config.scheduler.max_rows)
         """What a step costs by its rows."""
+        self.pace = deadlines.Pace()
         self.chunks = Chunks(config.scheduler)
         """How much of a prompt is read beside running answers."""
         self.memory = memory_of(config, spec, self.layer_groups, num_pages)
@@ -91,7 +94,26 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request; whether it may come is Admission's to say."""
-        self.waiting.append(request)
+        place = len(self.waiting)
+        while place and deadlines.order(self.waiting[place - 1]) > deadlines.order(request):
+            place -= 1
+        self.waiting.insert(place, request)
+
+    def give_up_late(self, now_s: float) -> list[tuple[Request, Usage, DeadlineError]]:
+        """Forget the requests that wait and cannot make their deadlines any more, and those that run and have missed
+        them."""
+        found: list[tuple[Request, Usage, DeadlineError]] = []
+        if any(request.deadline_s is not None for request in self.waiting):
+            reasons = [(request, self.pace.refusal(request, now_s)) for request in self.waiting]
+            self.waiting = deque(request for request, error in reasons if error is None)
+            found += [(request, self.unread(request), error) for request, error in reasons if error is not None]
+        for sequence in list(self.running.values()):
+            if now_s > deadlines.due_s(sequence.request):
+                usage, asked = sequence.usage, sequence.request.sampling.max_new_tokens
+                problem = f"{usage.num_new_tokens} of at most {asked} tokens had come when it passed"
+                ((request, usage),) = self.drop([sequence.request.request_id])
+                found.append((request, usage, DeadlineError(problem, "Allow more time, or ask for less.")))
+        return found
 
     def open_session(self, session_id: str, past: Past | None = None) -> None:
         """Start a conversation, or go on with one that had this past."""
@@ -182,10 +204,11 @@ class Scheduler:
     @property
     def can_step(self) -> bool:
         """Whether a step would do something: where open conversations hold all slots, or the memory, the queue waits
-        for one's end."""
+        for one's end, or for a deadline."""
         if self.running or not self.waiting:
             return bool(self.running)
-        if any(map(self._conversation_of, self.waiting)):
+        now_s = time.perf_counter()
+        if any(self._conversation_of(request) or now_s > deadlines.due_s(request) for request in self.waiting):
             return True
         return bool(self.memory.among(self._free, self.waiting[0]))
 
@@ -209,8 +232,8 @@ class Scheduler:
         return ResourceExhaustedError("scheduler.max_sequences", self.config.scheduler.num_slots, problem, remedy)
 
     def admit(self) -> list[Request]:
-        """Give the free slots to waiting requests, first come, first served; a conversation goes on in its own. Where
-        memory is short, who comes later waits for who came first.
+        """Give the free slots to waiting requests, by priority, then deadline, then arrival; a conversation goes on in
+        its own. Where memory is short, who comes later waits for who came first.
 
         Returns the turns for which a conversation's bounded slot has no room.
         """
@@ -268,7 +291,8 @@ class Scheduler:
         are none.
 
         Each sequence's first uncached token has its row before anything else; then prompts take what `Chunks` gives
-        them while others decode, all of it otherwise; guesses share the rest evenly.
+        them while others decode, all of it otherwise; guesses share the rest evenly. Prompts are read by priority, then
+        deadline; where some would miss theirs at their present pace, the others do not guess.
         """
         sequences = [self.running[slot] for slot in sorted(self.running)]
         if alone is not None:
@@ -284,25 +308,26 @@ class Scheduler:
             if prompts < len(sequences):
                 limit = max(self.chunks.most_rows(len(sequences) - prompts, self.cost.seconds), prompts)
             prompt_rows = min(sum(count for count in uncached if count > 1), limit)
-        guess_rows = (max_rows - (len(sequences) - prompts) - prompt_rows) // len(sequences)
-        if 0 < prompts < len(sequences):
-            guess_rows = min(
-                guess_rows, self.chunks.guess_rows
-            )  # a longer step makes more guesses pay, and is longer still
+        late = self._late(sequences)
+        num_guessing = len(late) or len(sequences)
+        guess_rows = (max_rows - (len(sequences) - prompts) - prompt_rows) // num_guessing
+        if 0 < prompts < len(sequences):  # a longer step makes more guesses pay, and is longer still
+            guess_rows = min(guess_rows, self.chunks.guess_rows)
+        chains = [1] * len(sequences)
+        for index in sorted(range(len(sequences)), key=lambda index: deadlines.order(sequences[index].request)):
+            if uncached[index] > 1:
+                prompts -= 1
+                chains[index] = min(uncached[index], prompt_rows - prompts)  # leave one row to each later prompt
+                prompt_rows -= chains[index]
         num_bound = sum(sequence.constraint is not None for sequence in sequences)
         mask_room = MASK_WORDS // (-(-self.spec.vocab_size // 32) * max(num_bound, 1))
         steps: list[StepRows] = []
         trees: list[tuple[CandidateTree, int]] = []
         num_rows = 0
-        for sequence, count in zip(sequences, uncached, strict=True):
-            chain = 1
-            if count > 1:
-                prompts -= 1
-                chain = min(count, prompt_rows - prompts)  # leave one row to each later prompt
-                prompt_rows -= chain
+        for sequence, chain in zip(sequences, chains, strict=True):
             lookahead = sequence.request.lookahead
             most = lookahead.row_budget or max_rows if lookahead.planner else lookahead.fixed_rows
-            room = min(guess_rows, most - 1)
+            room = min(guess_rows, most - 1) if not late or sequence.slot in late else 0
             if sequence.constraint is not None:
                 room = min(room, mask_room)
             step = sequence.plan(chain, room)
@@ -331,12 +356,25 @@ class Scheduler:
             _bind(plan, parts, steps)
         return Step(plan, parts, is_decoding=num_prompts == 0)
 
-    def observe(self, step: Step, seconds: float) -> None:
-        """The step took this long, planning and verification included."""
+    def observe(self, step: Step, seconds: float, num_tokens: int) -> None:
+        """The step took this long, planning and verification included, and emitted so many tokens."""
+        num_rows, num_sequences = step.plan.num_rows, len(step.parts)
         if step.is_decoding:
-            self.cost.observe(step.plan.num_rows, seconds)
-        else:
-            self.chunks.observe(seconds, self.cost.seconds[step.plan.num_rows])
+            self.cost.observe(num_rows, seconds)
+            curve = self.cost.seconds
+            alone = float(curve[-(-num_rows // num_sequences)] / curve[num_rows])
+            self.pace.observe(seconds, num_tokens, num_sequences, alone)
+            return
+        self.chunks.observe(seconds, self.cost.seconds[num_rows])
+        if num_rows > 2 * num_sequences:
+            self.pace.observe_reading(seconds, num_rows)
+
+    def _late(self, sequences: Listing[Sequence]) -> set[int]:
+        """Slots of those that would miss their deadlines."""
+        if all(sequence.request.deadline_s is None for sequence in sequences):
+            return set()
+        now_s = time.perf_counter()
+        return {sequence.slot for sequence in sequences if self.pace.is_late(sequence, now_s)}
 
     def _assemble(self, parts: list[Part], num_replicas: int) -> StepPlan:
         sequences = [part.sequence for part in parts]

@@ -77,7 +77,8 @@ class Sequence:
         self.accepted: list[tuple[str, ...]] = []
         """Of each candidate whose token the last step emitted, in order."""
         self._forgotten = array("i")  # tokens before text[0]: they may have to be read again
-        self._turn_starts = list(past.turn_starts) if past is not None else []  # where eviction is per turn
+        # Where eviction is per turn
+        self._turn_starts = list(past.turn_starts) if past is not None and ledger.per_turn else []
         self._turns_ahead = deque(self._turn_starts)  # of those, the ones that the text read so far does not reach
         self._num_settled = past.num_cached if past is not None else 0  # tokens in the cache when the last turn ended
         self._guesser: Guesser | None = None

@@ -4,7 +4,7 @@
 `output` is where those go, and `earlier` what is there; `progress` is what people see meanwhile.
 """
 
-from cluster.cli.batch.job import StoppedError, run
+from cluster.cli.batch.job import StoppedError, away_patience_s, run
 from cluster.cli.batch.output import ClosedError, is_standard_output
 from cluster.cli.batch.records import Record, parse, read_lines
 from cluster.cli.batch.results import Totals, answer
@@ -15,6 +15,7 @@ __all__ = [
     "StoppedError",
     "Totals",
     "answer",
+    "away_patience_s",
     "is_standard_output",
     "parse",
     "read_lines",

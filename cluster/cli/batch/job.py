@@ -16,17 +16,18 @@ from typing import Any
 
 from cluster.cli.batch.output import ClosedError, Earlier, OutputError, Stream, open_output
 from cluster.cli.batch.progress import Progress, make_progress
-from cluster.cli.batch.records import BadRecord, Input, Record, look_at, read_record
+from cluster.cli.batch.records import BadRecord, Input, Record, check_urgency, look_at, read_record
 from cluster.cli.batch.results import IncompleteError, Totals, answer, encoded, error_line
 from cluster.cli.terminal import counted
 from cluster.client.backends import Backend
 from cluster.wire.answers import Chunk
 from cluster.wire.statuses import concerns_all, has_no_room_now, is_away
-from runtime.errors import OutriderError
+from runtime.errors import DeadlineError, OutriderError
 
-AWAY_PATIENCE_S = 30.0
-FULL_PATIENCE_S = 300.0
-"""How long a server that is away, or full, is asked again while it answers nothing."""
+PATIENCE_S = 300.0
+"""How long a server that is away, or full, is asked again while it answers nothing: it may have to load its model."""
+NEVER_THERE_S = 30.0
+"""The same for one that has never answered: its address may be wrong."""
 TICK_S = 1.0
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 5.0
@@ -37,6 +38,11 @@ WINDOW_BYTES = 64 * 2**20
 """The same in bytes of the input; a longer line is alone."""
 
 Defaults = Mapping[str, Mapping[str, Any]]
+
+
+def away_patience_s(given_s: float | None) -> float:
+    """How long one answer is waited for whose server went away, where so much patience is asked for."""
+    return PATIENCE_S if given_s is None else given_s
 
 
 class StoppedError(OutriderError):
@@ -52,16 +58,25 @@ def run(
     concurrency: int = 1,
     limit: int | None = None,
     patience_s: float | None = None,
+    priority: int | None = None,
+    deadline_s: float | None = None,
     totals: Totals | None = None,
     progress: Progress | None = None,
 ) -> Totals:
     """Answer every record of `source` into `target`; a record that cannot be answered gets a line with "error".
 
     Both are opened before `connect` is called, which gives who answers, and the "sampling" and "lookahead" parameters
-    of records that name none of their own. See `output` for what becomes of earlier answers, and of those of a run
-    that does not come to its end. Raises ConfigError before anything is asked, then StoppedError (ClosedError where
-    nobody reads the output any more). `totals` is kept up to date whatever happens.
+    of records that name none of their own. `priority` is that of records without one; what is not answered
+    `deadline_s` seconds from now becomes an error, as a record does whose own deadline passes.
+
+    See `output` for what becomes of earlier answers, and of those of a run that does not come to its end. Raises
+    ConfigError before anything is asked, then StoppedError (ClosedError where nobody reads the output any more).
+    `totals` is kept up to date whatever happens.
     """
+    for option, value in (("--priority", priority), ("--deadline", deadline_s)):
+        if value is not None:
+            check_urgency(option, value)
+    urgency = Urgency(priority, deadline_s)
     progress = progress or make_progress()
     totals = totals if totals is not None else Totals()
     output = open_output(target, look_at(source), resume)
@@ -74,7 +89,7 @@ def run(
             lines.close()
             raise
         with closing(backend), progress:
-            job = _Job(lines, output, backend, defaults, concurrency, limit, patience_s, totals, progress)
+            job = _Job(lines, output, backend, defaults, concurrency, limit, patience_s, urgency, totals, progress)
             job.run()
     except BaseException as error:
         with suppress(OutputError):
@@ -111,6 +126,23 @@ class _Item:
     future: Future[dict[str, Any]]
     earlier: Earlier | None = None
     """What an earlier run has written for it; an answer takes the place of one of its own."""
+
+
+class Urgency:
+    """The job's priority and deadline, and what they make of a record's own."""
+
+    def __init__(self, priority: int | None = None, deadline_s: float | None = None) -> None:
+        self._priority = {} if priority is None else {"priority": priority}
+        self._end_s = None if deadline_s is None else time.monotonic() + deadline_s
+
+    def of(self, record: Record, asked_s: float) -> dict[str, Any]:
+        """What a request for the record says now; `asked_s`: when it was made first (time.monotonic())."""
+        now_s = time.monotonic()
+        found = {**self._priority, **record.urgency}
+        left = [] if "deadline_s" not in found else [asked_s + found["deadline_s"] - now_s]
+        if self._end_s is not None:
+            left.append(self._end_s - now_s)
+        return {**found, "deadline_s": min(left)} if left else found
 
 
 class _Room:
@@ -160,12 +192,12 @@ class _Job:
         concurrency: int,
         limit: int | None,
         patience_s: float | None,
+        urgency: Urgency,
         totals: Totals,
         progress: Progress,
     ) -> None:
         self._lines, self._output, self._backend, self._defaults = lines, output, backend, defaults
-        self._away_s = AWAY_PATIENCE_S if patience_s is None else patience_s
-        self._full_s = FULL_PATIENCE_S if patience_s is None else patience_s
+        self._patience_s, self._urgency = patience_s, urgency
         self._limit, self._totals, self._progress = limit, totals, progress
         self._executor = ThreadPoolExecutor(concurrency, thread_name_prefix="outrider-batch")
         self._room = _Room(max(MIN_WINDOW, WINDOW_PER_REQUEST * concurrency))
@@ -174,6 +206,7 @@ class _Job:
         self._turn = threading.Condition()
         """Guards what follows; those who wait to ask again hear when an answer has ended."""
         self._heard_s = time.monotonic()  # when the last piece of an answer came
+        self._was_there = False  # whether one has come
         self._stopped: str | None = None  # why nothing is asked any more
         self._is_waiting = False  # whether it has been said that requests are made again
         # Of the caller's thread.
@@ -237,8 +270,14 @@ class _Job:
         while True:
             if self._stopped is not None:
                 raise StoppedError(self._stopped)
+            urgency = self._urgency.of(record, started_s)
+            if urgency.get("deadline_s", 1.0) <= 0:
+                problem = (
+                    "its time has passed" if wait_s == FIRST_WAIT_S else "its time has passed while it was asked for"
+                )
+                return error_line(record.id, str(DeadlineError(problem, "Allow more time.")))
             try:
-                found = answer(list(self._ask(record)))
+                found = answer(list(self._ask(record, urgency)))
                 with self._turn:
                     self._is_waiting = False
                     self._turn.notify()
@@ -252,18 +291,20 @@ class _Job:
                 if not (is_full or is_away(error) or isinstance(error, IncompleteError)):
                     text = str(error) if isinstance(error, OutriderError) else f"{type(error).__name__}: {error}"
                     return error_line(record.id, text)
-                patience_s = self._full_s if is_full else self._away_s
+                patience_s = self._patience_s
+                if patience_s is None:
+                    patience_s = PATIENCE_S if is_full or self._was_there else NEVER_THERE_S
                 if time.monotonic() - max(started_s, self._heard_s) >= patience_s:
                     why = f"nothing was answered for {patience_s:g} s: {error}"
                     raise StoppedError(self._end(why)) from error
                 self._wait(f"{error}; asking again, for at most {patience_s:g} s without an answer", wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
-    def _ask(self, record: Record) -> Iterator[Chunk]:
+    def _ask(self, record: Record, urgency: dict[str, Any]) -> Iterator[Chunk]:
         sampling = {**self._defaults.get("sampling", {}), **record.sampling}
         lookahead = {**self._defaults.get("lookahead", {}), **record.lookahead}
-        for chunk in self._backend.stream(record.prompt, sampling, lookahead):
-            self._heard_s = time.monotonic()
+        for chunk in self._backend.stream(record.prompt, sampling, lookahead, **urgency):
+            self._heard_s, self._was_there = time.monotonic(), True
             yield chunk
 
     def _wait(self, why: str, seconds: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import select
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 PROMPT_KEYS = ("prompt", "messages", "token_ids", "turns")
 ID_KEYS = ("id", "question_id", "task_id")
+URGENCY = {"priority": "priority", "deadline": "deadline_s"}
+"""Keys of a record, and what requests call them."""
 DATASET_KEYS = ("turns", "task_id")
 """Marks of Spec-Bench's and HumanEval's own records, which say more beside the prompt; it is read over."""
 MAX_LINE_BYTES = 64 * 2**20
@@ -171,6 +174,8 @@ class Record:
     """Raw text, chat messages or token ids."""
     sampling: dict[str, Any] = field(default_factory=dict)
     lookahead: dict[str, Any] = field(default_factory=dict)
+    urgency: dict[str, Any] = field(default_factory=dict)
+    """`priority` and `deadline_s`, where it has them."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +259,7 @@ def _record(fields: dict[str, Any], record_id: str | int) -> Record:
     if len(given) != 1:
         remedy = f"Give one of {', '.join(PROMPT_KEYS)}."
         raise InvalidRequestError("record", given or list(fields), "needs exactly one prompt", remedy)
-    known = {*PROMPT_KEYS, *ID_KEYS, *SamplingParams.model_fields, "lookahead"}
+    known = {*PROMPT_KEYS, *ID_KEYS, *SamplingParams.model_fields, *URGENCY, "lookahead"}
     unknown = [key for key in fields if key not in known]
     if unknown and not any(key in fields for key in DATASET_KEYS):
         remedy = f"Known here: {', '.join(sorted(known))}."
@@ -263,7 +268,20 @@ def _record(fields: dict[str, Any], record_id: str | int) -> Record:
     if not isinstance(lookahead, dict):
         raise InvalidRequestError("lookahead", lookahead, "is not a mapping", 'Write for example {"enabled": false}.')
     sampling = {key: value for key, value in fields.items() if key in SamplingParams.model_fields}
-    return Record(record_id, _prompt(given[0], fields[given[0]]), sampling, lookahead)
+    urgency = {name: fields[key] for key, name in URGENCY.items() if fields.get(key) is not None}
+    for key, name in URGENCY.items():
+        if name in urgency:
+            check_urgency(key, urgency[name])
+    return Record(record_id, _prompt(given[0], fields[given[0]]), sampling, lookahead, urgency)
+
+
+def check_urgency(key: str, value: Any) -> None:
+    """Raise InvalidRequestError for a priority or a deadline that is none."""
+    kinds = int if key.endswith("priority") else int | float
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    if not is_number or key.endswith("deadline") and not 0 < value < math.inf:
+        wanted = "a whole number" if key.endswith("priority") else "a number of seconds above 0"
+        raise InvalidRequestError(key, value, f"is not {wanted}", "Give one, or leave it out.")
 
 
 def _prompt(key: str, value: Any) -> Prompt:

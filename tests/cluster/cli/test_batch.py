@@ -32,12 +32,14 @@ class Echo:
 
     def __init__(self, delays=(), script=()):
         self.calls, self.closed, self.most_at_once = [], False, 0
+        self.urgencies = []
         self._delays, self._live, self._lock = dict(delays), 0, threading.Lock()
         self._script = {prompt: list(steps) for prompt, steps in dict(script).items()}
 
-    def stream(self, prompt, sampling, lookahead):
+    def stream(self, prompt, sampling, lookahead, **urgency):
         with self._lock:
             self.calls.append((prompt, dict(sampling), dict(lookahead)))
+            self.urgencies.append(urgency)
             self._live += 1
             self.most_at_once = max(self.most_at_once, self._live)
         try:
@@ -800,3 +802,42 @@ def test_a_standard_output_that_is_closed_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "__stdout__", None)  # a device stands in for it by then, and would keep nothing
     with pytest.raises(ConfigError, match="OUT = '-': cannot be written"):
         output.open_output(Path("-"), os.stat("/dev/null"), resume=False)
+
+
+def test_priorities_and_deadlines_are_those_of_records_then_of_the_job(place):
+    backend = Echo()
+    place.fill(
+        {"prompt": "one"},
+        {"prompt": "two", "priority": -3, "deadline": 5},
+        {"prompt": "six", "deadline": 5000.5},
+    ).run(backend, priority=7, deadline_s=100.0)
+    one, two, six = backend.urgencies
+    assert (one["priority"], two["priority"], six["priority"]) == (7, -3, 7)
+    assert 90 < one["deadline_s"] <= 100 and 4 < two["deadline_s"] <= 5 and 90 < six["deadline_s"] <= 100
+    backend = Echo()
+    place.fill({"prompt": "one"}, {"prompt": "two", "priority": 2}).run(backend)
+    assert backend.urgencies == [{}, {"priority": 2}]
+
+
+def test_a_record_whose_time_has_passed_is_an_error_and_is_not_asked_for(place):
+    backend = Echo(delays={"one": 0.4}, script={"two": [FULL] * 1000})
+    totals = place.fill(
+        {"prompt": "one"}, {"prompt": "two", "deadline": 0.2}, {"prompt": "three", "deadline": 30}, {"prompt": "four"}
+    ).run(backend, deadline_s=0.7, concurrency=1)
+    one, two, three, four = place.results()
+    assert one["text"] == "one" and "deadline" in two["error"]
+    assert three["text"] == "three" and four["text"] == "four" and totals.num_errors == 1
+    place.target.unlink()
+    backend = Echo(delays={"one": 0.4})
+    place.fill({"prompt": "one"}, {"prompt": "two"}).run(backend, deadline_s=0.3)
+    assert "its time has passed" in place.results()[1]["error"] and len(backend.calls) == 1
+
+
+@pytest.mark.parametrize("line", [{"priority": 1.5}, {"deadline": 0}, {"deadline": "5"}, {"priority": True}])
+def test_what_is_no_priority_and_no_deadline_is_the_records_error(place, line):
+    place.fill({"prompt": "one", **line}, {"prompt": "two"}).run()
+    bad, good = place.results()
+    assert next(iter(line)) in bad["error"] and good["text"] == "two"
+    for options in ({"priority": 1.5}, {"deadline_s": -1.0}):
+        with pytest.raises(InvalidRequestError, match="^--"):
+            place.run(**options)

@@ -86,6 +86,7 @@ class ScriptedEngine:
         self.cache_share = 0.0
         self.tokenizer = LetterTokenizer()
         self.capacity = SPEC.max_positions
+        self.identity = "scripted"
         self.stats = SimpleNamespace(
             num_steps=0,
             num_rows=0,
@@ -121,6 +122,9 @@ class ScriptedEngine:
         request_id: str | None = None,
         session: Session | None = None,
         so_far: Sequence[AnswerSoFar] = (),
+        run_key: str | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> Request:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
@@ -136,6 +140,8 @@ class ScriptedEngine:
             lookahead or self.config.lookahead,
             session.session_id if session is not None else None,
             so_far=tuple(so_far),
+            priority=priority,
+            deadline_s=deadline_s,
         )
 
     def validate(self, request: Request) -> None:

@@ -46,7 +46,7 @@ def server(engine: ScriptedEngine) -> Iterator[ServerThread]:
 
 @pytest.fixture
 def client(server: ServerThread, engine: ScriptedEngine) -> Iterator[Client]:
-    with Client(server.address) as client:
+    with Client(server.address, retries=0) as client:
         yield client
         if is_up(client):  # else the engine has ended
             eventually(lambda: not engine.sessions and not engine.has_work)

@@ -72,7 +72,7 @@ def test_before_the_model_is_there_the_server_says_so() -> None:
         address = (await server.start()).grpc
 
         def ask() -> None:
-            with Client(address) as client:
+            with Client(address, retries=0) as client:
                 assert not client.is_serving()
                 for work in (
                     client.server_info,

@@ -58,7 +58,7 @@ def test_a_signal_drains_the_server(process: subprocess.Popen[str], number: sign
 
 
 def test_a_second_signal_ends_the_draining(process: subprocess.Popen[str]) -> None:
-    with Client(address_of(process)) as client:
+    with Client(address_of(process), retries=0) as client:
         stream = client.generate("A", sampling={"max_new_tokens": 10**6})
         next(stream)
         process.send_signal(signal.SIGTERM)

@@ -43,7 +43,7 @@ def server(engine: ScriptedEngine) -> Iterator[ServerThread]:
 
 @pytest.fixture
 def client(server: ServerThread) -> Iterator[Client]:
-    with Client(server.address) as client:
+    with Client(server.address, retries=0) as client:
         yield client
 
 

@@ -67,7 +67,7 @@ class GenerationServiceServicer:
         names it), or the prompt does not fit into the cache
         ALREADY_EXISTS      a request with this request_id is still running
         RESOURCE_EXHAUSTED  the waiting queue is full, or the message exceeds 16 MiB
-        DEADLINE_EXCEEDED   the deadline passed before the last token
+        DEADLINE_EXCEEDED   the call's or the request's deadline passed before the last token, or cannot be met
         UNAVAILABLE         the workers failed, or the server is shutting down
         DATA_LOSS           the model's logits are NaN or infinite; other requests are not touched
         INTERNAL            a defect of the server; its log has the details
@@ -92,6 +92,7 @@ class GenerationServiceServicer:
         INVALID_ARGUMENT    a field is missing, malformed, unknown or out of range (the message
         names it), or a turn can never fit into the cache
         ALREADY_EXISTS      a session with this session_id is open
+        NOT_FOUND           the session to be taken up is not known here, or not so far
         RESOURCE_EXHAUSTED  all sessions are taken, the conversation fills its cache, too many turns
         wait, or a message exceeds 16 MiB
         DEADLINE_EXCEEDED   the call's deadline passed, or the session was idle for longer than the
