@@ -53,7 +53,11 @@ def options(address: str, compression: Compression, keepalive_s: float | None) -
         if isinstance(keepalive_s, bool) or not isinstance(keepalive_s, int | float) or not 0 < keepalive_s < 1e6:
             problem, remedy = "is no number of seconds above 0", "Give one, or None for no pings."
             raise ConfigError("keepalive_s", keepalive_s, problem, remedy)
-        found += [("grpc.keepalive_time_ms", int(1e3 * keepalive_s)), ("grpc.http2.max_pings_without_data", 0)]
+        found += [
+            ("grpc.keepalive_time_ms", int(1e3 * keepalive_s)),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.max_pings_without_data", 0),
+        ]
     return found
 
 

@@ -79,7 +79,6 @@ class Scheduler:
         self.cost = RunningCost(assumed(config.scheduler.max_rows), config.scheduler.max_rows)
         """What a step costs by its rows."""
         self.pace = deadlines.Pace()
-        """How fast answers come, for those that have deadlines."""
         self.chunks = Chunks(config.scheduler)
         """How much of a prompt is read beside running answers."""
         self.memory = memory_of(config, spec, self.layer_groups, num_pages)
@@ -310,9 +309,9 @@ class Scheduler:
                 limit = max(self.chunks.most_rows(len(sequences) - prompts, self.cost.seconds), prompts)
             prompt_rows = min(sum(count for count in uncached if count > 1), limit)
         late = self._late(sequences)
-        guess_rows = (max_rows - (len(sequences) - prompts) - prompt_rows) // (len(late) or len(sequences))
-        if 0 < prompts < len(sequences):
-            # A longer step makes more guesses pay, and is longer still
+        num_guessing = len(late) or len(sequences)
+        guess_rows = (max_rows - (len(sequences) - prompts) - prompt_rows) // num_guessing
+        if 0 < prompts < len(sequences):  # a longer step makes more guesses pay, and is longer still
             guess_rows = min(guess_rows, self.chunks.guess_rows)
         chains = [1] * len(sequences)
         for index in sorted(range(len(sequences)), key=lambda index: deadlines.order(sequences[index].request)):
@@ -357,24 +356,25 @@ class Scheduler:
             _bind(plan, parts, steps)
         return Step(plan, parts, is_decoding=num_prompts == 0)
 
+    def observe(self, step: Step, seconds: float, num_tokens: int) -> None:
+        """The step took this long, planning and verification included, and emitted so many tokens."""
+        num_rows, num_sequences = step.plan.num_rows, len(step.parts)
+        if step.is_decoding:
+            self.cost.observe(num_rows, seconds)
+            curve = self.cost.seconds
+            alone = float(curve[-(-num_rows // num_sequences)] / curve[num_rows])
+            self.pace.observe(seconds, num_tokens, num_sequences, alone)
+            return
+        self.chunks.observe(seconds, self.cost.seconds[num_rows])
+        if num_rows > 2 * num_sequences:
+            self.pace.observe_reading(seconds, num_rows)
+
     def _late(self, sequences: Listing[Sequence]) -> set[int]:
         """Slots of those that would miss their deadlines."""
         if all(sequence.request.deadline_s is None for sequence in sequences):
             return set()
         now_s = time.perf_counter()
         return {sequence.slot for sequence in sequences if self.pace.is_late(sequence, now_s)}
-
-    def observe(self, step: Step, seconds: float, num_tokens: int) -> None:
-        """The step took this long, planning and verification included, and gave so many tokens."""
-        num_rows, num_sequences, curve = step.plan.num_rows, len(step.parts), self.cost.seconds
-        if step.is_decoding:
-            self.cost.observe(num_rows, seconds)
-            alone = float(curve[-(-num_rows // num_sequences)] / curve[num_rows])
-            self.pace.observe(seconds, num_tokens, num_sequences, alone)
-            return
-        self.chunks.observe(seconds, curve[num_rows])
-        if num_rows > 2 * num_sequences:
-            self.pace.observe_reading(seconds, num_rows)
 
     def _assemble(self, parts: list[Part], num_replicas: int) -> StepPlan:
         sequences = [part.sequence for part in parts]

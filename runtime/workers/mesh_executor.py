@@ -92,9 +92,10 @@ class MeshExecutor:
                 if self._control is None or self._has_come():
                     self._form_anew(started + min(patience_s, LONGEST_S) + GRACE_S, with_caches=breaks < MOST_BREAKS)
                     started = time.monotonic()
+                at_most_s = patience_s * 2**breaks  # what was no more than slow gets its time
                 if self._is_new and plan.num_rows:
-                    self._catch_up(plan, commits, patience_s)
-                result = self._run(plan, patience_s * 2**breaks)
+                    self._catch_up(plan, commits, at_most_s)
+                result = self._run(plan, at_most_s)
             except PeerError as error:
                 log.warning("a step was broken off: %s", error)
                 self._leave()

@@ -167,11 +167,12 @@ class Worker:
         """Give replicas `targets` all that the slots of `source` have. Every replica takes part. Raises PeerError."""
         mesh = self.mesh
         gives, takes = mesh.replica == source, mesh.replica in targets
-        described = _json_tensor(self._described()) if gives else torch.zeros(0, dtype=torch.uint8)
-        size = mesh.broadcast_from_replica(torch.tensor([len(described)]), source)
-        if not gives:
-            described = torch.zeros(int(size), dtype=torch.uint8)
-        description = json.loads(mesh.broadcast_from_replica(described, source).numpy().tobytes())
+        text = json.dumps(self._described()).encode() if gives else b""
+        size = mesh.broadcast_from_replica(torch.tensor([len(text)], device=mesh.device), source)
+        described = torch.zeros(int(size), dtype=torch.uint8, device=mesh.device)
+        if gives:
+            described.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        description = json.loads(mesh.broadcast_from_replica(described, source).cpu().numpy().tobytes())
         if takes:
             self.forget(description["applied"])
             self.applied = None  # until all is here
@@ -202,10 +203,6 @@ class Worker:
                 shapes = [[list(part.shape) for part in cache.contents(slot)] for cache in self.caches]
                 slots.append((slot, self.controls.state(slot), states, shapes))
         return {"applied": self.applied, "slots": slots}
-
-
-def _json_tensor(value: Any) -> torch.Tensor:
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def decoder_of(config: Config, spec: ModelSpec, mesh: Mesh) -> AnyDecoder:
@@ -263,6 +260,8 @@ def _take_part(worker: Worker, call: Call, host: str, store: dist.Store, layout:
     control: Control | None = None
     try:
         control = meshes.join(call.rank, call.lp, worker.mesh.tp, host, store, f"mesh/{call.mesh}", layout, worker.mesh)
+        if hasattr(worker.decoder, "forget_graphs"):  # decoders without graphs have none to forget
+            worker.decoder.forget_graphs()
         if call.source is None:
             worker.forget(call.applied)
         elif call.targets:

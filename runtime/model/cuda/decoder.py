@@ -117,6 +117,10 @@ class CudaDecoder(TokenChooser):
         self._recorder = Recorder(self.mesh.device) if records else None
         self._steps: dict[tuple[tuple[PagedKVCache, ...], int], _Step] = {}
 
+    def forget_graphs(self) -> None:
+        """To be called when the mesh has been formed anew: what was recorded speaks to ranks of the old one."""
+        self._steps.clear()
+
     @property
     def batch_device(self) -> torch.device:
         """The host's memory: columns go with all else."""

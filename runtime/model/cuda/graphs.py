@@ -84,6 +84,10 @@ class GraphedDecoder(TokenChooser):
         """Those kept, least recently used first."""
         return [shape for _, shape in self._steps]
 
+    def forget_graphs(self) -> None:
+        """To be called when the mesh has been formed anew: what was recorded speaks to ranks of the old one."""
+        self._steps.clear()
+
     def make_caches(self, groups: Sequence[LayerGroup], num_slots: int, max_staged: int) -> tuple[KVCache, ...]:
         """As Decoder.make_caches, the memory filled with zeros."""
         caches = self.decoder.make_caches(groups, num_slots, max_staged)
