@@ -402,7 +402,7 @@ class SamplingParams(Section):
     """Before so many tokens no end token of the model and no stop token is chosen."""
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
     """0 is greedy."""
-    top_k: int = Field(default=0, ge=0, lt=2**31)
+    top_k: int = Field(default=0, ge=0, lt=2**63)
     """Sample among the k likeliest tokens; 0 is off."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Sample among the likeliest tokens that together reach this probability."""

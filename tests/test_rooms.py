@@ -32,6 +32,7 @@ ROOMS = {
         "overhead",
         "bigrams",
         "doors",
+        "chaos",
         "",
     ),
 }
