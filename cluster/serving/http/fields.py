@@ -228,9 +228,9 @@ class Common(Part):
     """Send the answer as it comes, as server-sent events."""
     stream_options: StreamOptions | None = None
     """With stream."""
-    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**62)
     """Most tokens of the answer; left out, the server's sampling.max_new_tokens."""
-    max_new_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    max_new_tokens: int | None = Field(default=None, ge=1, lt=2**62)
     """Another name of max_tokens."""
     n: int | None = Field(default=None, ge=1, le=64)
     """Answers to each prompt."""
@@ -261,7 +261,7 @@ class Chat(Common):
 
     messages: tuple[Message, ...] = Field(min_length=1)
     """What was said, oldest first, in the model's chat template."""
-    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**62)
     """Another name of max_tokens."""
     logprobs: bool | None = None
     """Give each token's log-probability."""

@@ -163,7 +163,7 @@ def ask_prompt_logprobs(client: openai.OpenAI) -> list:
         (CHAT, "n", {"n": True}),
         (CHAT, "n", {"n": 65}),
         (CHAT, "top_k", {"top_k": 2**63}),
-        (TEXT, "max_tokens", {"max_tokens": 2**31}),
+        (TEXT, "max_tokens", {"max_tokens": 2**62}),
         (TEXT, "min_new_tokens", {"min_new_tokens": 2**70}),
         (CHAT, "lookahead.row_budget", {"lookahead": {"row_budget": 2**63}}),
         (CHAT, "max_completion_tokens", {"max_tokens": 3, "max_completion_tokens": 4}),
