@@ -32,7 +32,6 @@ ROOMS = {
         "overhead",
         "bigrams",
         "doors",
-        "chaos",
         "",
     ),
 }

@@ -252,6 +252,10 @@ class Common(Part):
     """The same seed gives the same tokens."""
     request_id: str | None = Field(default=None, min_length=1, max_length=128)
     """The answer's id; unique among the running requests. The server makes one up where it is left out."""
+    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
+    """Of requests that wait, those of the highest are admitted first; left out, 0."""
+    deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds from arrival after which the answer is of no use: it ends with an error then, or is refused at once."""
     return_token_ids: bool | None = None
     """Give token ids beside the text, the prompt's too."""
 

@@ -84,6 +84,13 @@ def test_a_parameter_does_what_the_engines_does(
         assert got["outrider"]["usage"]["num_steps"] == got["outrider"]["usage"]["num_new_tokens"]
 
 
+def test_a_deadline_that_cannot_be_met_is_told(http: httpx.Client) -> None:
+    assert ask(http, TEXT, deadline_s=1000.0, priority=3).status_code == 200
+    answer = ask(http, TEXT, deadline_s=1e-6, max_tokens=400)
+    assert answer.status_code == 504 and answer.json()["error"]["param"] == "deadline_s"
+    assert ask(http, TEXT, deadline_s=0).status_code == 400
+
+
 def test_response_formats_bind_the_answer(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     given = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
