@@ -167,7 +167,7 @@ class LookaheadConfig(Section):
     share: bool = True
     """Learn from, and for, the engine's other sequences: `recycle`'s tables and the acceptance probabilities. One
     client's text then influences how many steps another's takes, never its tokens."""
-    row_budget: int | None = Field(default=None, ge=1, lt=2**31)
+    row_budget: int | None = Field(default=None, ge=1, lt=2**62)
     """Most rows of one sequence in a step (current token, window and tree). null: with the planner, as many as pay;
     without it, the window and G candidates of N-1 tokens."""
     pool_from_prompt: bool = True
@@ -396,13 +396,13 @@ class SamplingParams(Section):
 
     refusal = InvalidRequestError
 
-    max_new_tokens: int = Field(default=128, ge=1, lt=2**31)
+    max_new_tokens: int = Field(default=128, ge=1, lt=2**62)
     """Most tokens to generate."""
-    min_new_tokens: int = Field(default=0, ge=0, lt=2**31)
+    min_new_tokens: int = Field(default=0, ge=0, lt=2**62)
     """Before so many tokens no end token of the model and no stop token is chosen."""
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
     """0 is greedy."""
-    top_k: int = Field(default=0, ge=0, lt=2**31)
+    top_k: int = Field(default=0, ge=0, lt=2**63)
     """Sample among the k likeliest tokens; 0 is off."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Sample among the likeliest tokens that together reach this probability."""

@@ -149,7 +149,7 @@ def _type_name(annotation: Any) -> str:
 
 
 def _number(value: float) -> str:
-    return next((f"2^{bits}" for bits in (31, 63) if value == 2**bits), f"{value:g}")
+    return next((f"2^{bits}" for bits in (62, 63) if value == 2**bits), f"{value:g}")
 
 
 def _default(kind: type[Section], key: str, field: FieldInfo) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 import traceback
@@ -35,11 +36,14 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
-        shown = " ".join(
-            f"{key}={json.dumps(value) if isinstance(value, str) and ' ' in value else value}"
-            for key, value in fields.items()
-        )
+        shown = " ".join(f"{key}={_quoted(value)}" for key, value in fields.items())
         return f"{super().format(record)} {shown}".rstrip()
+
+
+def _quoted(value: Any) -> str:
+    """A value that cannot be taken for anything else of a line, whatever a client has made up."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if re.fullmatch(r"[\w./:+-]+", text, re.ASCII) else json.dumps(text)
 
 
 def configure(settings: ServerConfig, stream: IO[str] | None = None) -> None:

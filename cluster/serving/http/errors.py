@@ -11,8 +11,10 @@ from cluster.serving.http.reading import UnknownModelError
 from cluster.serving.limits import LimitError
 from cluster.wire.statuses import UnauthenticatedError, told
 from runtime.errors import (
+    DeadlineError,
     DuplicateRequestError,
     FieldError,
+    HarmfulRequestError,
     NumericsError,
     OutriderError,
     ResourceExhaustedError,
@@ -70,6 +72,10 @@ def refusal_of(error: Exception) -> Refusal:
             return Refusal(429, told(error), "rate_limit_error", param_of(error), "rate_limit_exceeded", later)
         case FieldError():
             return Refusal(400, told(error), "invalid_request_error", param_of(error), "invalid_value")
+        case DeadlineError():
+            return Refusal(504, told(error), "server_error", "deadline_s", "deadline_exceeded")
+        case HarmfulRequestError():
+            return Refusal(500, told(error), "server_error", None, "harmful_request")
         case NumericsError():
             return Refusal(500, told(error), "server_error", None, "model_failed")
         case WorkerError():

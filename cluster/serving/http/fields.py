@@ -228,9 +228,9 @@ class Common(Part):
     """Send the answer as it comes, as server-sent events."""
     stream_options: StreamOptions | None = None
     """With stream."""
-    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**62)
     """Most tokens of the answer; left out, the server's sampling.max_new_tokens."""
-    max_new_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    max_new_tokens: int | None = Field(default=None, ge=1, lt=2**62)
     """Another name of max_tokens."""
     n: int | None = Field(default=None, ge=1, le=64)
     """Answers to each prompt."""
@@ -252,6 +252,10 @@ class Common(Part):
     """The same seed gives the same tokens."""
     request_id: str | None = Field(default=None, min_length=1, max_length=128)
     """The answer's id; unique among the running requests. The server makes one up where it is left out."""
+    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
+    """Of requests that wait, those of the highest are admitted first; left out, 0."""
+    deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds from arrival after which the answer is of no use: it ends with an error then, or is refused at once."""
     return_token_ids: bool | None = None
     """Give token ids beside the text, the prompt's too."""
 
@@ -261,7 +265,7 @@ class Chat(Common):
 
     messages: tuple[Message, ...] = Field(min_length=1)
     """What was said, oldest first, in the model's chat template."""
-    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**62)
     """Another name of max_tokens."""
     logprobs: bool | None = None
     """Give each token's log-probability."""

@@ -178,7 +178,9 @@ def _asked(
     num_prompt_tokens = 0
     for prompt in prompts:
         name = answer_id if len(prompts) == 1 else f"{answer_id}/{len(requests)}"
-        request = replace(engine.make_request(prompt, sampling, lookahead, name), arrival_s=arrival[1])
+        urgency = body.given(("priority", "deadline_s"))
+        request = engine.make_request(prompt, sampling, lookahead, name, **urgency)
+        request = replace(request, arrival_s=arrival[1])
         num_prompt_tokens += len(request.prompt_ids)
         firsts.add(len(requests))
         requests += [replace(each, index=len(requests) + each.index) for each in forks(request)]

@@ -133,8 +133,9 @@ def test_prompts_are_logged_where_that_is_asked_for(engine: ScriptedEngine, writ
 
 def test_text_lines_have_the_same_fields(engine: ScriptedEngine) -> None:
     record = logging.LogRecord("outrider.access", logging.INFO, "", 0, "call", (), None)
-    record.fields = {"id": "1", "method": "POST /x", "seconds": 0.5}
-    assert logs.TextFormatter().format(record).endswith('outrider.access INFO call id=1 method="POST /x" seconds=0.5')
+    record.fields = {"id": "1", "method": "POST /x", "seconds": 0.5, "request_id": "a\nb é status=200"}
+    line = logs.TextFormatter().format(record)
+    assert line.endswith('call id=1 method="POST /x" seconds=0.5 request_id="a\\nb \\u00e9 status=200"')
 
 
 def test_a_failing_engine_is_told_without_prompts(engine: ScriptedEngine, written: Callable[[], str]) -> None:

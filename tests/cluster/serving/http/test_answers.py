@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import httpx
 import openai
 import pytest
+
+from tests.cluster.serving.serving import ServerThread
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 
@@ -79,3 +82,35 @@ def test_models_health_and_readiness(client: openai.OpenAI, http: httpx.Client) 
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("another")
     assert http.get("/health").json() == {"status": "ok"} and http.get("/ready").status_code == 200
+
+
+def test_many_streams_of_all_kinds_are_each_what_it_is_alone(server: ServerThread, expected: Callable) -> None:
+    """Some leave early, and the others do not notice."""
+    words = [f"{'abc ' * (1 + number % 9)}{number}" for number in range(32)]
+    kinds = [
+        {},
+        {"temperature": 1.0, "seed": 5},
+        {"stop": ["6"]},
+        {"presence_penalty": 1.0, "temperature": 0.7, "seed": 1},
+    ]
+
+    async def ask(client: openai.AsyncOpenAI, number: int) -> str | None:
+        given = {"model": "tiny", "prompt": words[number], "max_tokens": 8 + number, **kinds[number % 4]}
+        if number % 3 == 0:
+            return (await client.completions.create(**given)).choices[0].text
+        text = ""
+        async with await client.completions.create(**given, stream=True) as stream:
+            async for chunk in stream:
+                text += chunk.choices[0].text
+                if number % 8 == 7:
+                    return None
+        return text
+
+    async def ask_all() -> list[str | None]:
+        limits = httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=64), timeout=60)
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", http_client=limits) as client:
+            return await asyncio.gather(*(ask(client, number) for number in range(len(words))))
+
+    for number, text in enumerate(asyncio.run(ask_all())):
+        (answer,) = expected(words[number], max_new_tokens=8 + number, **kinds[number % 4])
+        assert text in (None, answer.text), number

@@ -84,6 +84,13 @@ def test_a_parameter_does_what_the_engines_does(
         assert got["outrider"]["usage"]["num_steps"] == got["outrider"]["usage"]["num_new_tokens"]
 
 
+def test_a_deadline_that_cannot_be_met_is_told(http: httpx.Client) -> None:
+    assert ask(http, TEXT, deadline_s=1000.0, priority=3).status_code == 200
+    answer = ask(http, TEXT, deadline_s=1e-6, max_tokens=400)
+    assert answer.status_code == 504 and answer.json()["error"]["param"] == "deadline_s"
+    assert ask(http, TEXT, deadline_s=0).status_code == 400
+
+
 def test_response_formats_bind_the_answer(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     given = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
@@ -162,8 +169,8 @@ def ask_prompt_logprobs(client: openai.OpenAI) -> list:
         (CHAT, "temperature", {"temperature": "hot"}),
         (CHAT, "n", {"n": True}),
         (CHAT, "n", {"n": 65}),
-        (CHAT, "top_k", {"top_k": 2**31}),
-        (TEXT, "max_tokens", {"max_tokens": 2**31}),
+        (CHAT, "top_k", {"top_k": 2**63}),
+        (TEXT, "max_tokens", {"max_tokens": 2**62}),
         (TEXT, "min_new_tokens", {"min_new_tokens": 2**70}),
         (CHAT, "lookahead.row_budget", {"lookahead": {"row_budget": 2**63}}),
         (CHAT, "max_completion_tokens", {"max_tokens": 3, "max_completion_tokens": 4}),
