@@ -12,6 +12,8 @@ import errno
 import itertools
 import math
 import mmap
+import platform
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -246,12 +248,18 @@ def _memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
     size = math.prod(shape) * dtype.itemsize
     if size // shape[0] > memory_bytes():
         raise OSError(errno.ENOMEM, "more than the machine has")
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _not_set_aside()
     pages = mmap.mmap(-1, max(size, 1), flags=flags)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):  # the first token of a slot would take megabytes in every layer and head
         with suppress(OSError):
             pages.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).reshape(tuple(shape))
+
+
+def _not_set_aside() -> int:
+    """mmap's flag for memory that the system need not have when it is asked for; Python names it from 3.13 on."""
+    on_linux = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+    return int(getattr(mmap, "MAP_NORESERVE", 0x4000 if on_linux else 0))
 
 
 class CacheMaker:
