@@ -13,6 +13,8 @@ from cluster.serving.visits import Visit
 from runtime.config import ServerConfig
 
 ACCESS = logging.getLogger("outrider.access")
+POLLED = ("GET /live",)
+"""Calls that the page makes all the time for whoever looks at it: their lines would be all that a log shows."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -66,7 +68,8 @@ def access(visit: Visit) -> None:
     if visit.texts is not None:
         fields |= {"prompts": visit.prompts, "answers": ["".join(visit.texts[index]) for index in sorted(visit.texts)]}
     kept = {key: value for key, value in fields.items() if value is not None}
-    ACCESS.info("call", extra={"fields": kept})
+    level = logging.DEBUG if visit.method in POLLED and visit.status == "200" else logging.INFO
+    ACCESS.log(level, "call", extra={"fields": kept})
 
 
 def defect(log: logging.Logger, error: BaseException) -> None:

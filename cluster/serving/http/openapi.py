@@ -25,6 +25,7 @@ def document(needs_token: bool) -> Json:
         "/health": {"get": _asked("Whether the process can still answer", "Status")},
         "/ready": {"get": _asked("Whether requests are taken", "Status")},
         "/metrics": {"get": _responses("Metrics for Prometheus", {"text/plain": {"schema": {"type": "string"}}})},
+        "/live": {"get": _responses("What the engine does now", {"application/json": {"schema": {"type": "object"}}})},
         "/openapi.json": {"get": _responses("This description", {"application/json": {"schema": {"type": "object"}}})},
     }
     components: Json = {"schemas": schemas}

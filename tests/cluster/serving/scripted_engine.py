@@ -17,7 +17,7 @@ from runtime.config import Config, LookaheadConfig, SamplingParams
 from runtime.engine.session import Session
 from runtime.errors import InvalidRequestError
 from runtime.model.spec import ModelSpec, RopeSpec
-from runtime.request import AnswerSoFar, CacheReport, FinishReason, Past, Request, StepOutput, Usage
+from runtime.request import AnswerSoFar, CacheReport, FinishReason, Past, Request, SlotReport, StepOutput, Usage
 
 
 class LetterTokenizer:
@@ -174,6 +174,9 @@ class ScriptedEngine:
         for name, sequence in self._sequences.items():
             if sequence.request.session_id == session.session_id:
                 self.abort(name)
+
+    def slots(self) -> list[SlotReport]:
+        return []
 
     def cache_report(self) -> CacheReport:
         return CacheReport("full", 100, 6400, 51200, self.config.scheduler.num_slots, self.capacity, self.capacity)

@@ -56,6 +56,7 @@ def test_every_call_has_a_line_with_ids_status_tokens_and_durations(
             answered = http.post("/v1/completions", json={"prompt": "A", "max_tokens": 3})
             refused = http.post("/v1/completions", json={"prompt": "A", "max_tokens": 0})
             http.get("/made/up/path")
+            assert http.get("/live").status_code == 200  # again and again, by whoever has the page open: no line
         with Client(server.address, token=TOKEN) as client:
             client.complete("AB", sampling={"max_new_tokens": 4}, request_id="mine")
     first, second, third, last = calls(written())

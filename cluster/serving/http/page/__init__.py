@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from cluster.serving.desk import Desk
@@ -38,7 +39,9 @@ def routes(desk: Desk) -> list[Route]:
 
     async def file(request: Request) -> Response:
         found = files.get(request.path_params["name"])
-        return found.response(request) if found is not None else RedirectResponse("../", 307, HEADERS)
+        if found is None:
+            raise HTTPException(404)
+        return found.response(request)
 
     async def now(_: Request) -> Response:
         return live.response(desk)

@@ -40,8 +40,8 @@ def snapshot(desk: Desk) -> dict[str, Any]:
         "requests_by_outcome": {str(reason): count for reason, count in now.outcomes.items()},
         "seconds_by_phase": dict(stats.seconds),
         "sources": {
-            name: dict(zip(("proposed", "accepted"), engine.knowledge.tally.sources[name], strict=True))
-            for name in config.lookahead.sources
+            name: {"proposed": proposed, "accepted": accepted}
+            for name, (proposed, accepted) in engine.knowledge.tally.sources.items()
         },
         "cache": {
             "policy": report.policy,
