@@ -11,9 +11,11 @@ RATE = 0.1
 """Weight of the newest step in what is usual."""
 FIRST_ROWS = 4.0
 """Rows of an answer in a step, before there was one."""
-LEAST = 8
-"""Rows that prompts get in any case: fewer hardly shorten a step."""
-MOST_STRETCH = 8.0
+LEAST = 32
+"""Rows that prompts get in any case: fewer hardly shorten a step, and on a machine that other programs slow down a
+prompt would never be read."""
+MOST_STRETCH = 2.5
+"""Most that prompts' rows are believed to take beyond the curve: more is the machine's doing, not theirs."""
 
 
 class Chunks:
@@ -32,7 +34,7 @@ class Chunks:
     def observe(self, seconds: float, expected: float) -> None:
         """A step with prompts took `seconds`, where the curve says `expected`."""
         ratio = min(max(seconds / expected, 1 / MOST_STRETCH), MOST_STRETCH)
-        self._stretch += RATE * (ratio - self._stretch)
+        self._stretch *= (ratio / self._stretch) ** RATE
 
     @property
     def guess_rows(self) -> int:
