@@ -166,7 +166,7 @@ def test_a_call_that_nobody_took_is_sent_again() -> None:
 
 
 def test_a_call_that_has_begun_to_answer_is_not_sent_again(server: ServerThread, engine: ScriptedEngine) -> None:
-    with Client(server.address) as client, client.generate("A", sampling=FOREVER) as stream:
+    with Client(server.address, retries=0) as client, client.generate("A", sampling=FOREVER) as stream:
         next(stream)
         thread = threading.Thread(target=server.stop)
         thread.start()
