@@ -40,7 +40,7 @@ def test_the_clients_examples_run_against_a_server(tiny_model, tmp_path):
     settings = [f"model.path={tiny_model}", "lookahead.planner=false", "lookahead.sources=[suffix]"]
     with own_server([*settings, "lookahead.row_budget=8", "sampling.max_new_tokens=8"]) as (_, address):
         found = examples("docs/grpc.md")
-        assert len(found) == 3
+        assert len(found) == 4
         for example in found:
             assert run(example.replace("localhost:50051", address), tmp_path)
 
