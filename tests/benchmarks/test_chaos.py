@@ -46,7 +46,7 @@ def test_a_pause_is_one_of_all_answers_and_belongs_to_the_fault_before_it() -> N
 
 
 @pytest.mark.system
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_short_run_loses_nothing(tiny_model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text * 4}) + "\n" for text in ("ab", "cad", "bed")))

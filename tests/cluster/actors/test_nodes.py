@@ -12,7 +12,7 @@ from runtime.config import SamplingParams
 from tests.cluster.actors.test_pool import PROMPTS, config_for, leaves_nothing, model
 
 __all__ = ["leaves_nothing", "model"]
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.system, pytest.mark.long, pytest.mark.timeout(240)]
 
 
 @pytest.fixture

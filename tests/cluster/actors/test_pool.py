@@ -64,7 +64,13 @@ def test_shortfall_names_the_resource_at_once_and_ends_ray(model, leaves_nothing
     assert time.monotonic() - started < 10  # and not the 120 seconds that a cluster may take to grow
 
 
-@pytest.mark.parametrize("mesh", [{"lp": 2}, {"tp": 2}], ids=["another has the caches", "nobody has"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param({"lp": 2}, id="another has the caches"),
+        pytest.param({"tp": 2}, id="nobody has", marks=pytest.mark.long),
+    ],
+)
 def test_a_killed_worker_costs_time_and_no_token(model, leaves_nothing, mesh):
     sampling = SamplingParams(max_new_tokens=200, ignore_eos=True)
     with open_engine(config_for(model)) as engine:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.system, pytest.mark.long, pytest.mark.timeout(280)]
 
 NUM_RECORDS = 60
 

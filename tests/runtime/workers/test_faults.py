@@ -96,8 +96,8 @@ def wait_until_whole(engine: Engine) -> None:
     [
         (2, 1, "streaming", signal.SIGKILL),
         (1, 2, "sink", signal.SIGKILL),
-        (2, 2, "full", signal.SIGKILL),
-        (2, 1, "sink", signal.SIGSTOP),
+        pytest.param(2, 2, "full", signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param(2, 1, "sink", signal.SIGSTOP, marks=pytest.mark.long),
     ],
 )
 def test_answers_go_on_as_if_nothing_had_been(model, monkeypatch, lp, tp, policy, number) -> None:
