@@ -33,17 +33,22 @@ SERVICE_CONFIG: dict[str, Any] = {
 come. Any language's client takes it as it stands (docs/grpc.md)."""
 
 
-def options(address: str, compression: Compression, keepalive_s: float | None) -> list[tuple[str, Any]]:
-    """Of a channel to `address`. Raises ConfigError."""
+def options(
+    address: str, compression: Compression, keepalive_s: float | None, retries: bool = True
+) -> list[tuple[str, Any]]:
+    """Of a channel to `address`. `retries`: gRPC's own, for a client that does not send again by itself. Raises
+    ConfigError."""
     found: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         # A server that is started again is found within seconds; gRPC by itself waits up to two minutes.
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2_000),
-        ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+        ("grpc.enable_retries", int(retries)),
         *channel_options(address),
     ]
+    if retries:
+        found.append(("grpc.service_config", json.dumps(SERVICE_CONFIG)))
     if compression not in COMPRESSIONS:
         remedy = f"Choose among {', '.join(COMPRESSIONS)}."
         raise ConfigError("compression", compression, "is no kind of compression", remedy)

@@ -119,7 +119,7 @@ class Client:
         self._reached = threading.Event()  # whether a server has answered here
         given = {"token": token, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key}
         access = Access.of(given, insecure)
-        self._channel = access.channel(self.address, options(self.address, compression, keepalive_s))
+        self._channel = access.channel(self.address, options(self.address, compression, keepalive_s, retries=False))
         self._generation = pb_grpc.GenerationServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._closed = False

@@ -154,15 +154,18 @@ def test_a_call_that_nobody_took_is_sent_again() -> None:
         time.sleep(0.15)
         started.append(ServerThread(ScriptedEngine(Config.load(None, [f"server.port={port}"]))))
 
+    async def ask() -> str:
+        async with AsyncClient(f"127.0.0.1:{port}") as client:
+            return (await client.complete("A", sampling={"max_new_tokens": 3})).text
+
     thread = threading.Thread(target=start)
-    with Client(f"127.0.0.1:{port}") as client:
-        thread.start()
-        try:
-            assert client.complete("A", sampling={"max_new_tokens": 3}).text == "BCD"
-        finally:
-            thread.join(20)
-            for server in started:
-                server.close()
+    thread.start()
+    try:
+        assert asyncio.run(ask()) == "BCD"
+    finally:
+        thread.join(20)
+        for server in started:
+            server.close()
 
 
 def test_a_call_that_has_begun_to_answer_is_not_sent_again(server: ServerThread, engine: ScriptedEngine) -> None:
