@@ -476,8 +476,10 @@ class Engine:
         for request in self._scheduler.admit():
             usage = self._scheduler.unread(request)
             outputs.append(StepOutput(request.request_id, (), usage, FinishReason.LENGTH, index=request.index))
-        running = {sequence.request.request_id for sequence in self._scheduler.running.values()}
-        step = self._scheduler.plan(alone=self._suspects.among(running) if self._suspects else None)
+        alone = None
+        if self._suspects:
+            alone = self._suspects.among({each.request.request_id for each in self._scheduler.running.values()})
+        step = self._scheduler.plan(alone=alone)
         if step is None:
             return outputs
         planned = time.perf_counter()

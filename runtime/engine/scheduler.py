@@ -314,11 +314,11 @@ class Scheduler:
         if 0 < prompts < len(sequences):  # a longer step makes more guesses pay, and is longer still
             guess_rows = min(guess_rows, self.chunks.guess_rows)
         chains = [1] * len(sequences)
-        for index in sorted(range(len(sequences)), key=lambda index: deadlines.order(sequences[index].request)):
-            if uncached[index] > 1:
-                prompts -= 1
-                chains[index] = min(uncached[index], prompt_rows - prompts)  # leave one row to each later prompt
-                prompt_rows -= chains[index]
+        reading = [index for index, count in enumerate(uncached) if count > 1]
+        for index in sorted(reading, key=lambda index: deadlines.order(sequences[index].request)):
+            prompts -= 1
+            chains[index] = min(uncached[index], prompt_rows - prompts)  # leave one row to each later prompt
+            prompt_rows -= chains[index]
         num_bound = sum(sequence.constraint is not None for sequence in sequences)
         mask_room = MASK_WORDS // (-(-self.spec.vocab_size // 32) * max(num_bound, 1))
         steps: list[StepRows] = []

@@ -135,9 +135,8 @@ class Crew:
     num_lost: int = 0
     """Workers that have ended, or were ended, since the start."""
     _workers: dict[int, _Worker] = field(default_factory=dict)
-    _vacancies: list[tuple[float, int]] = field(
-        default_factory=list
-    )  # when, time.monotonic(), to start for which position
+    _vacancies: list[tuple[float, int]] = field(default_factory=list)
+    """When, time.monotonic(), to start a worker, and for which position."""
     _next_worker: int = 1
     _num_failures: int = 0  # while loading, one after the other
     last_failure: str = "no worker is left"
